@@ -259,7 +259,7 @@ def batches(
                 )
                 for i in range(size):
                     engine.submit(
-                        Request(prompts[i % len(prompts)][:64], new, id=i, ignore_eos=True)
+                        Request(prompts[i % len(prompts)][:64], new, request_id=i, ignore_eos=True)
                     )
                 engine.step()  # the prefill
                 began = time.perf_counter()

@@ -86,13 +86,13 @@ class ShadowMemory:
         self.seen["copied"] += len(plan.copies)
         sequences = {sequence.key: sequence for sequence in scheduler.running}
         for item in plan.items:
-            contents = expected_contents(sequences[item.name])
+            contents = expected_contents(sequences[item.key])
             read = slots_of(item.blocks, b, 0, item.start) if item.start else []
             assert [self.held.get(slot) for slot in read] == contents[: item.start], (
-                f"{item.name} reads what is not its own"
+                f"{item.key} reads what is not its own"
             )
         for item in plan.items:
-            contents = expected_contents(sequences[item.name])
+            contents = expected_contents(sequences[item.key])
             for slot, content in zip(
                 plan.slots(item), contents[item.start : item.start + item.count], strict=True
             ):

@@ -124,7 +124,7 @@ def serve_once(model: Model, asked: Sequence[Request], name: str, scale: float) 
     results = engine.run()
     seconds = time.perf_counter() - began
     processor = time.process_time() - busy
-    assert all(len(results[r.id].tokens) == r.max_tokens for r in asked)
+    assert all(len(results[r.request_id].tokens) == r.max_tokens for r in asked)
     return {
         "seconds": seconds,
         "processor": processor,

@@ -73,7 +73,7 @@ def propose_drafts(
     sequences = [sequence for sequence in scheduler.running if scheduler.can_draft(sequence)]
     asked: list[tuple[Drafter, DraftRequest]] = []
     for sequence in sequences:
-        state = requests[sequence.request.id].sequence_state(sequence.index)
+        state = requests[sequence.request.request_id].sequence_state(sequence.index)
         assert state.drafter is not None
         count = min(state.drafter.gamma, sequence.remaining - 1)
         sampling = sequence.request.sampling

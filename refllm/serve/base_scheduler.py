@@ -16,8 +16,8 @@ all sampled in one step, a beam has any number as long as the search keeps at mo
 none drops the beam. After γ drafts a continuation has 1 to γ + 1 tokens: the accepted
 drafts, then one sampled token; the memory of the rejected drafts is freed.
 
-Left out: text. Where it ends before ``max_tokens``, the engine says so by the ``reason`` of
-a continuation.
+Left out: text. Where it ends before ``max_tokens``, the engine says so by the
+``finish_reason`` of a continuation.
 """
 
 from __future__ import annotations
@@ -89,33 +89,35 @@ class BaseScheduler(ABC):
         """Whether another step has anything to compute or to report."""
         return bool(self._active or self._finished)
 
-    def has_request(self, name: abc.Hashable) -> bool:
+    def has_request(self, request_id: abc.Hashable) -> bool:
         """Whether a sequence of the request has not finished."""
-        return name in self._active
+        return request_id in self._active
 
     def submit(self, request: Request) -> abc.Hashable:
         """Queue a request; returns its id. ValueError, and no change, if it can never be served."""
-        name = request.id
-        if name is None:
-            name = next(i for i in count(self._submitted) if i not in self._active)
-            request = replace(request, id=name)
-        if name in self._active:
-            raise InputError(f"request {name!r} is being served: another one needs another id")
+        request_id = request.request_id
+        if request_id is None:
+            request_id = next(i for i in count(self._submitted) if i not in self._active)
+            request = replace(request, request_id=request_id)
+        if request_id in self._active:
+            raise InputError(
+                f"request {request_id!r} is being served: another one needs another id"
+            )
         reason = self.rejection_reason(request)
         if reason:
-            raise InputError(f"request {name!r} {reason}")
+            raise InputError(f"request {request_id!r} {reason}")
         order = self._submitted
         self._submitted += 1
         if request.max_tokens == 0:
             for index in range(request.n):
                 done = Sequence(request, index, order).finish("length")
                 self._finished.append(SequenceUpdate(done, [], "length"))
-            return name
+            return request_id
         sequence = Sequence(request, 0, order)
-        self._active[name] = [sequence]
-        self._forked[name] = 1
+        self._active[request_id] = [sequence]
+        self._forked[request_id] = 1
         self.order.push(self.waiting, sequence)
-        return name
+        return request_id
 
     def rejection_reason(self, request: Request) -> str | None:
         """Why a request can never be served; None if it can."""
@@ -129,21 +131,21 @@ class BaseScheduler(ABC):
             return f"has {n} beams, which advance in one step, and its budget is {budget} tokens"
         return self.memory.rejection_reason(request)
 
-    def abort(self, name: abc.Hashable) -> list[Sequence]:
+    def abort(self, request_id: abc.Hashable, finish_reason: str = "abort") -> list[Sequence]:
         """End a request at once, even between ``plan`` and ``update``; returns the sequences
         that this ended.
 
         The list is empty for a request that is unknown or has finished.
         """
-        sequences = list(self._active.get(name, ()))
+        sequences = list(self._active.get(request_id, ()))
         for sequence in sequences:
-            self._finish(sequence, "aborted")
+            self._finish(sequence, finish_reason)
         return sequences
 
-    def propose(self, name: SequenceKey, drafts: abc.Sequence[int]) -> int:
+    def propose(self, key: SequenceKey, drafts: abc.Sequence[int]) -> int:
         """Set a running sequence's drafts for the next plan; returns how many are of use."""
-        of_request = self._active.get(name[0], [])
-        sequence = next((s for s in of_request if s.index == name[1]), None)
+        of_request = self._active.get(key[0], [])
+        sequence = next((s for s in of_request if s.index == key[1]), None)
         if sequence is None or not self.can_draft(sequence):
             return 0
         sequence.drafts = [int(t) for t in drafts[: sequence.remaining - 1]]
@@ -243,34 +245,36 @@ class BaseScheduler(ABC):
         sequence.tokens += tokens
         if tokens:
             self.memory.commit(sequence)
-        updates = [SequenceUpdate(sequence, tokens, first.reason)]
+        sequence.stop_reason = first.stop_reason
+        updates = [SequenceUpdate(sequence, tokens, first.finish_reason)]
         for other in outcome[1:]:
             child = self._fork(sequence, length, other.tokens)
-            updates.append(SequenceUpdate(child, list(other.tokens), other.reason))
+            child.stop_reason = other.stop_reason
+            updates.append(SequenceUpdate(child, list(other.tokens), other.finish_reason))
         if sequence.request.beam:  # a search keeps n slots, even while it has fewer beams
-            beams = self._active[sequence.request.id]
+            beams = self._active[sequence.request.request_id]
             beams[0].slots = sequence.request.n + 1 - len(beams)
         else:
             sequence.slots = 1
         for update in updates:
             self.sampled += len(update.tokens)
-            if update.reason is None and update.sequence.remaining == 0:
-                update.reason = "length"
-            if update.reason is not None:
-                self._finish(update.sequence, update.reason)
+            if update.finish_reason is None and update.sequence.remaining == 0:
+                update.finish_reason = "length"
+            if update.finish_reason is not None:
+                self._finish(update.sequence, update.finish_reason)
         return updates
 
     def _fork(self, parent: Sequence, length: int, tokens: abc.Sequence[int]) -> Sequence:
         """A running sequence with the parent's first ``length`` tokens, then ``tokens``."""
         request = parent.request
-        child = Sequence(request, self._forked[request.id], parent.order)
-        self._forked[request.id] += 1
+        child = Sequence(request, self._forked[request.request_id], parent.order)
+        self._forked[request.request_id] += 1
         child.tokens = [*parent.tokens[:length], *tokens]
         child.computed = parent.computed
         child.slots = 1
         child.status = SequenceStatus.RUNNING
         self.memory.fork(parent, child)
-        self._active[request.id].append(child)
+        self._active[request.request_id].append(child)
         last = max(i for i, other in enumerate(self.running) if other.request is request)
         self.running.insert(last + 1, child)
         return child
@@ -278,7 +282,7 @@ class BaseScheduler(ABC):
     def _group(self, sequence: Sequence) -> list[Sequence]:
         """The sequences that must advance together: the beams of a search, or one alone."""
         if sequence.request.beam:
-            return list(self._active[sequence.request.id])
+            return list(self._active[sequence.request.request_id])
         return [sequence]
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -292,19 +296,19 @@ class BaseScheduler(ABC):
         self.preemptions += 1
         self.order.push(self.waiting, sequence)
 
-    def _finish(self, sequence: Sequence, reason: str) -> None:
+    def _finish(self, sequence: Sequence, finish_reason: str) -> None:
         """End a waiting or running sequence and free its memory."""
         if sequence.status is SequenceStatus.RUNNING:
             self.running.remove(sequence)
         else:
             self.waiting.remove(sequence)
         self.memory.release(sequence)
-        sequence.finish(reason)
-        name = sequence.request.id
-        others = self._active[name]
+        sequence.finish(finish_reason, sequence.stop_reason)
+        request_id = sequence.request.request_id
+        others = self._active[request_id]
         others.remove(sequence)
         if not others:
-            del self._active[name], self._forked[name]
+            del self._active[request_id], self._forked[request_id]
         elif sequence.request.beam:
             others[0].slots += sequence.slots
 

@@ -32,11 +32,13 @@ from refllm.serve.request import Request, Sequence
 
 
 class Hypothesis(NamedTuple):
-    """A whole output; ``reason`` is ``"end"`` (its last token is an end token) or ``"length"``."""
+    """A whole output; ``finish_reason`` is ``"stop"`` (its last token is an end token)
+    or ``"length"``.
+    """
 
     score: float
     tokens: list[int]
-    reason: str
+    finish_reason: str
 
 
 class BeamSearch:
@@ -45,8 +47,9 @@ class BeamSearch:
     >>> import numpy as np
     >>> search = BeamSearch(Request([1], max_tokens=2, n=2, beam=True), frozenset())
     >>> beam = Sequence(search.request, index=0, order=0)
-    >>> search.advance([beam], np.log([[0.2, 0.5, 0.3]]))  # it forks into the two best
-    [[SampledTokens(tokens=[1], reason=None), SampledTokens(tokens=[2], reason=None)]]
+    >>> (outcome,) = search.advance([beam], np.log([[0.2, 0.5, 0.3]]))
+    >>> [continuation.tokens for continuation in outcome]  # it forks into the two best
+    [[1], [2]]
     """
 
     def __init__(self, request: Request, end_tokens: frozenset[int]):
@@ -68,7 +71,7 @@ class BeamSearch:
             if token not in self.end_tokens:
                 kept.append((row, token, score))
             elif rank < n:
-                self._add_hypothesis(score, [*beams[row].output, token], "end")
+                self._add_hypothesis(score, [*beams[row].output, token], "stop")
             if len(kept) == n:
                 break
         if length == request.max_tokens:
@@ -108,9 +111,9 @@ class BeamSearch:
             for value, place in zip(both[:count], both[count:], strict=True)
         ]
 
-    def _add_hypothesis(self, score: float, tokens: list[int], reason: str) -> None:
+    def _add_hypothesis(self, score: float, tokens: list[int], finish_reason: str) -> None:
         normalised = score / len(tokens) ** self.request.length_penalty
-        self.finished.append(Hypothesis(normalised, tokens, reason))
+        self.finished.append(Hypothesis(normalised, tokens, finish_reason))
 
     def _is_settled(self, score: float, length: int) -> bool:
         """Whether no beam can get among the n best any more; the best beam has ``score``
@@ -143,9 +146,9 @@ def advance_searches(
     places_of: dict[abc.Hashable, list[int]] = {}  # request → places of its beams in sampled
     for i, sequence in enumerate(sampled):
         if sequence.request.beam:
-            places_of.setdefault(sequence.request.id, []).append(i)
-    for name, places in places_of.items():
-        search = searches[name]
+            places_of.setdefault(sequence.request.request_id, []).append(i)
+    for request_id, places in places_of.items():
+        search = searches[request_id]
         assert search is not None
         if any(outcomes[i] is FAILED for i in places):
             decided: list[Outcome] = [FAILED] * len(places)

@@ -34,6 +34,11 @@ class Detokenizer:
         """Whether the text has reached a stop string."""
         return self._stop_strings.stopped
 
+    @property
+    def matched(self) -> str | None:
+        """The stop string that the text has reached."""
+        return self._stop_strings.matched
+
     def push(self, token: int) -> None:
         """Take the next token."""
         self._new += self._stop_strings.push(self._characters.push(token))

@@ -48,9 +48,9 @@ class Engine(EngineStats):
 
     >>> import refllm
     >>> engine = Engine(refllm.load("stdlib-draft"), num_blocks=8)
-    >>> name = engine.submit(Request([5, 9, 2], max_tokens=4, ignore_eos=True))
-    >>> output = engine.run()[name]
-    >>> len(output.tokens), output.reason, engine.steps
+    >>> request_id = engine.submit(Request([5, 9, 2], max_tokens=4, ignore_eos=True))
+    >>> output = engine.run()[request_id]
+    >>> len(output.tokens), output.finish_reason, engine.steps
     (4, 'length', 4)
     """
 
@@ -146,28 +146,29 @@ class Engine(EngineStats):
             for a request that can never be served (the message says why), or an id that is
             in use: until its output has been taken. The engine is unchanged then.
         """
-        if request.id is None:
+        if request.request_id is None:
             free = (i for i in self._ids if i not in self._requests and i not in self.results)
-            request = replace(request, id=next(free))
-        if request.id in self.results:
+            request = replace(request, request_id=next(free))
+        if request.request_id in self.results:
             raise InputError(
-                f"request {request.id!r} has ended and its result was not taken: use another id"
+                f"request {request.request_id!r} has ended and its result was not taken: "
+                "use another id"
             )
         validate_request(request, self.model.config)
-        name = self.scheduler.submit(request)
+        request_id = self.scheduler.submit(request)
         seed = request.seed
         if seed is None:
             seed = int(self._seeds.integers(2**63))
-        self._requests[name] = RequestState(request, callback, seed, self.model, self.drafter)
-        return name
+        self._requests[request_id] = RequestState(request, callback, seed, self.model, self.drafter)
+        return request_id
 
-    def abort(self, name: abc.Hashable) -> bool:
+    def abort(self, request_id: abc.Hashable) -> bool:
         """End a request now; its output has the tokens so far. False if it is unknown or has
         finished already. Its callback is not called.
         """
-        if name not in self._requests:
+        if request_id not in self._requests:
             return False
-        self._finish(name, self.scheduler.abort(name), "aborted")
+        self._finish(request_id, self.scheduler.abort(request_id))
         return True
 
     def run(self) -> dict[abc.Hashable, RequestOutput]:
@@ -200,7 +201,9 @@ class Engine(EngineStats):
     def check(self) -> None:
         """AssertionError if an invariant of scheduler, memory or engine is broken."""
         self.scheduler.check()
-        scheduled = {s.request.id for s in (*self.scheduler.running, *self.scheduler.waiting)}
+        scheduled = {
+            s.request.request_id for s in (*self.scheduler.running, *self.scheduler.waiting)
+        }
         assert scheduled <= set(self._requests), "a sequence without a request"
         assert not set(self._requests) & set(self.results)
 
@@ -224,7 +227,7 @@ class Engine(EngineStats):
         except BaseException:
             self.scheduler.roll_back(plan)
             for sequence in sequences:
-                self._requests[sequence.request.id].roll_back(sequence)
+                self._requests[sequence.request.request_id].roll_back(sequence)
             raise
         return self.scheduler.update(plan, outcomes)
 
@@ -235,35 +238,35 @@ class Engine(EngineStats):
         published: list[SequenceUpdate] = []
         searches: dict[abc.Hashable, list[SequenceUpdate]] = {}
         for update in updates:
-            state = self._requests.get(update.id)
+            state = self._requests.get(update.request_id)
             if state is None:
                 continue  # a callback has aborted it meanwhile
-            if state.search is not None and update.reason in (None, "dropped"):
-                searches.setdefault(update.id, []).append(update)
+            if state.search is not None and update.finish_reason in (None, "dropped"):
+                searches.setdefault(update.request_id, []).append(update)
             else:
                 state.record(update)
                 published.append(update)
-                self._call_back(update.id, state, [update])
-        for name, group in searches.items():
-            state = self._requests.get(name)
+                self._call_back(update.request_id, state, [update])
+        for request_id, group in searches.items():
+            state = self._requests.get(request_id)
             if state is None or state.search is None:
                 continue
-            dropped = [update.sequence for update in group if update.reason == "dropped"]
+            dropped = [update.sequence for update in group if update.finish_reason == "dropped"]
             state.output.preemptions += sum(sequence.preemptions for sequence in dropped)
-            survivors = [update.sequence for update in group if update.reason is None]
+            survivors = [update.sequence for update in group if update.finish_reason is None]
             if survivors:
                 state.search.follow(survivors)
                 continue
             hypotheses = state.finish_search(dropped)
             published += hypotheses
-            self._call_back(name, state, hypotheses)
-        for name in {update.id for update in updates}:
-            if name in self._requests and not self.scheduler.has_request(name):
-                self._finish(name, [], "")
+            self._call_back(request_id, state, hypotheses)
+        for request_id in {update.request_id for update in updates}:
+            if request_id in self._requests and not self.scheduler.has_request(request_id):
+                self._finish(request_id, [])
         return published
 
     def _call_back(
-        self, name: abc.Hashable, state: RequestState, updates: list[SequenceUpdate]
+        self, request_id: abc.Hashable, state: RequestState, updates: list[SequenceUpdate]
     ) -> None:
         """Call a request's callback; an exception in it ends this request, and no other."""
         try:
@@ -273,15 +276,15 @@ class Engine(EngineStats):
         except Exception as error:
             state.callback = None
             state.output.error = f"the callback raised {type(error).__name__}: {error}"
-            if self._requests.get(name) is state:
-                self._finish(name, self.scheduler.abort(name), "error")
+            if self._requests.get(request_id) is state:
+                self._finish(request_id, self.scheduler.abort(request_id, "error"))
         except BaseException as interrupt:
             self._interrupt = interrupt
 
-    def _finish(self, name: abc.Hashable, cut_off: list[Sequence], reason: str) -> None:
+    def _finish(self, request_id: abc.Hashable, cut_off: list[Sequence]) -> None:
         """Move a request to the results, with the tokens of sequences that end only now."""
-        state = self._requests.pop(name)
+        state = self._requests.pop(request_id)
         for sequence in cut_off:
-            state.record(SequenceUpdate(sequence, [], reason))
+            state.record(SequenceUpdate(sequence, [], sequence.finish_reason))
         state.output.outputs.sort(key=lambda output: output.index)
-        self.results[name] = state.output
+        self.results[request_id] = state.output

@@ -45,7 +45,7 @@ from refllm.serve.request_state import validate_request
 class Running:
     """One request: its tokens so far, and the table of the blocks that hold its keys."""
 
-    id: int
+    request_id: int
     tokens: list[int]  # prompt, then output
     prompt_length: int
     max_tokens: int
@@ -133,7 +133,7 @@ class MinimalEngine:
             one.tokens.append(token)
             ended = token in config.eos_token_ids
             if ended or len(one.output) == one.max_tokens:
-                self.outputs[one.id] = one.output[:-1] if ended else one.output
+                self.outputs[one.request_id] = one.output[:-1] if ended else one.output
                 self.running.remove(one)
                 one.table.free()
 

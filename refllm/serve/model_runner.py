@@ -168,7 +168,7 @@ def sample_outcomes(
     row = 0
     for sequence, item in zip(sequences, plan.items, strict=True):
         if item.samples:
-            states = requests[sequence.request.id].continuation_states(sequence)
+            states = requests[sequence.request.request_id].continuation_states(sequence)
             rows = slice(row, row + item.samples)
             q = draft_q.get(sequence.key) if sequence.drafts else None
             inputs.append(SamplingInput(sequence, states, rows, q))
@@ -178,7 +178,7 @@ def sample_outcomes(
     for one, continuations in zip(inputs, sample_tokens(z, inputs), strict=True):
         if continuations is None:
             message = "the logits have no largest one: NaN, +inf or nothing but -inf"
-            requests[one.request.id].output.error = message
+            requests[one.request.request_id].output.error = message
             outcomes.append(FAILED)
             continue
         pairs = zip(one.states, continuations, strict=True)
@@ -187,7 +187,9 @@ def sample_outcomes(
         if one.sequence.drafts and drafter is not None:
             drafter.observe(one.best, len(continuations[0]) - 1)
     if any(one.request.beam for one in inputs):
-        searches = {one.request.id: requests[one.request.id].search for one in inputs}
+        searches = {
+            one.request.request_id: requests[one.request.request_id].search for one in inputs
+        }
         first_rows = [one.rows.start for one in inputs]
         advance_searches(searches, [one.sequence for one in inputs], first_rows, z, outcomes)
     return outcomes

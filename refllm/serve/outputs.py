@@ -1,13 +1,15 @@
 """What the engine returns at the end, and what it counts. (While it runs, it returns
 ``serve.plan.SequenceUpdate``.)
 
-| reason      | a sequence has finished because                               |
-|-------------|---------------------------------------------------------------|
-| ``end``     | it generated an end token, which is not part of ``tokens``    |
-| ``stop``    | its text reached a stop string, which is not part of ``text`` |
-| ``length``  | it has ``max_tokens``                                         |
-| ``aborted`` | ``Engine.abort`` was called                                   |
-| ``error``   | its logits were not finite, or its callback raised: ``error`` |
+| finish_reason | stop_reason     | a sequence has finished because                               |
+|---------------|-----------------|---------------------------------------------------------------|
+| ``stop``      | None            | it generated an end token, which is not part of ``tokens``    |
+| ``stop``      | the stop string | its text reached a stop string, which is not part of ``text`` |
+| ``length``    | None            | it has ``max_tokens``                                         |
+| ``abort``     | None            | ``Engine.abort`` was called                                   |
+| ``error``     | None            | its logits were not finite, or its callback raised: ``error`` |
+
+The words are vLLM's. (It leaves the end token in ``tokens``.)
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ class CompletionOutput:
     index: int
     tokens: list[int]
     text: str
-    reason: str
+    finish_reason: str
+    stop_reason: int | str | None = None
     score: float | None = None
 
 
@@ -53,9 +56,14 @@ class RequestOutput:
         return self.outputs[0].text
 
     @property
-    def reason(self) -> str:
+    def finish_reason(self) -> str:
         """Why the first output finished."""
-        return self.outputs[0].reason
+        return self.outputs[0].finish_reason
+
+    @property
+    def stop_reason(self) -> int | str | None:
+        """The stop string that ended the first output, if one did."""
+        return self.outputs[0].stop_reason
 
 
 class EngineStats:

@@ -42,7 +42,7 @@ SequenceKey = tuple[abc.Hashable, int]  # (id of a request, index of one of its 
 class ScheduledSequence(NamedTuple):
     """One sequence's share of a step."""
 
-    name: SequenceKey
+    key: SequenceKey
     start: int
     count: int  # type: ignore[assignment]  # hides tuple.count
     blocks: tuple[int, ...]
@@ -108,15 +108,15 @@ class Plan:
 
     def check(self) -> None:
         """AssertionError if the plan breaks an invariant."""
-        names = [item.name for item in self.items]
-        rows = len(names) + len(self.padding_rows)
-        assert len(set(names)) == len(names), "a sequence stands twice in a plan"
+        keys = [item.key for item in self.items]
+        rows = len(keys) + len(self.padding_rows)
+        assert len(set(keys)) == len(keys), "a sequence stands twice in a plan"
         assert self.budget is None or self.tokens <= self.budget, "more tokens than the budget"
         assert self.max_sequences is None or rows <= self.max_sequences, (
             "more sequences than max_sequences"
         )
         assert not (self.preempted and self.admitted), "admitted in a step that preempted"
-        assert not set(self.preempted) & set(names), "a preempted sequence computes"
+        assert not set(self.preempted) & set(keys), "a preempted sequence computes"
         for item in self.items:
             _check_item(item, self.block_size)
         written = [slot for item in self.items for slot in self.slots(item)]
@@ -203,7 +203,8 @@ class SampledTokens(NamedTuple):
     """
 
     tokens: abc.Sequence[int]
-    reason: str | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None  # the stop token or stop string that matched
 
 
 Outcome = abc.Sequence[SampledTokens]
@@ -220,13 +221,18 @@ class SequenceUpdate:
 
     sequence: Sequence
     tokens: list[int]
-    reason: str | None = None  # None: more will come
+    finish_reason: str | None = None  # None: more will come
     text: str = ""
 
     @property
-    def id(self) -> abc.Hashable:
+    def request_id(self) -> abc.Hashable:
         """The request's id."""
-        return self.sequence.request.id
+        return self.sequence.request.request_id
+
+    @property
+    def stop_reason(self) -> int | str | None:
+        """The stop token or stop string that ended it."""
+        return self.sequence.stop_reason
 
     @property
     def index(self) -> int:
@@ -250,14 +256,14 @@ def check_outcomes(
             if not sequence.drafts and len(outcome[0].tokens) == 1:
                 continue  # one more token: nearly all outcomes
         else:
-            name = sequence.request.id
-            growth[name] = growth.get(name, 0) + len(outcome) - 1
+            request_id = sequence.request.request_id
+            growth[request_id] = growth.get(request_id, 0) + len(outcome) - 1
         _check_outcome(sequence, outcome)
-    for name, added in growth.items():
-        sequences = active.get(name)
+    for request_id, added in growth.items():
+        sequences = active.get(request_id)
         if sequences and len(sequences) + added > sequences[0].request.n:
             n = sequences[0].request.n
-            raise InputError(f"request {name!r} has n = {n} sequences, not more")
+            raise InputError(f"request {request_id!r} has n = {n} sequences, not more")
 
 
 def _check_outcome(sequence: Sequence, outcome: Outcome) -> None:
@@ -266,8 +272,8 @@ def _check_outcome(sequence: Sequence, outcome: Outcome) -> None:
     most = 1 if drafts else sequence.slots
     if len(outcome) > 1 and (drafts or (len(outcome) > most and not sequence.request.beam)):
         raise InputError(f"{sequence} may fork into {most}, got {len(outcome)} continuations")
-    for tokens, reason in outcome:
-        least = 0 if reason else 1
+    for tokens, finish_reason, _ in outcome:
+        least = 0 if finish_reason else 1
         if not least <= len(tokens) <= 1 + len(drafts):
             raise InputError(f"{sequence} yields 1 to {1 + len(drafts)} tokens, got {len(tokens)}")
         accepted = list(tokens[:-1])

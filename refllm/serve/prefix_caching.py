@@ -35,12 +35,12 @@ class HashKVManager(PagedKVManager):
 
     >>> from refllm.serve.request import Request
     >>> memory = HashKVManager(BlockPool(num_blocks=8, block_size=2))
-    >>> first = Sequence(Request([1, 2, 3, 4, 5], id="first"), index=0, order=0)
+    >>> first = Sequence(Request([1, 2, 3, 4, 5], request_id="first"), index=0, order=0)
     >>> memory.admit(first, 5, alone=True)
     True
     >>> first.computed = 5
     >>> memory.commit(first)
-    >>> memory.match(Sequence(Request([1, 2, 3, 4, 9], id="second"), index=0, order=1))
+    >>> memory.match(Sequence(Request([1, 2, 3, 4, 9], request_id="second"), index=0, order=1))
     4
     """
 

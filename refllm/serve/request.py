@@ -60,7 +60,7 @@ class Request:
 
     prompt: abc.Sequence[int]
     max_tokens: int
-    id: abc.Hashable  # None: the engine or the scheduler assigns one
+    request_id: abc.Hashable  # None: the engine or the scheduler assigns one
     sampling: SamplingParams
     seed: int | None
     stop: tuple[str, ...]
@@ -76,7 +76,7 @@ class Request:
         self,
         prompt: abc.Sequence[int],
         max_tokens: int = 16,
-        id: abc.Hashable = None,
+        request_id: abc.Hashable = None,
         *,
         sampling: SamplingParams | None = None,
         seed: int | None = None,
@@ -94,7 +94,7 @@ class Request:
         vars(self).update(
             prompt=_token_ids(prompt),
             max_tokens=max_tokens,
-            id=id,
+            request_id=request_id,
             sampling=GREEDY if sampling is None else sampling,
             seed=seed,
             stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
@@ -117,22 +117,25 @@ class Request:
         try:
             return sampling_params(sampling, shorthand)
         except ValueError as error:
-            raise InputError(f"request {self.id!r}: {error}") from None
+            raise InputError(f"request {self.request_id!r}: {error}") from None
 
     def _check(self) -> None:
         """ValueError for a field that makes no sense."""
         for name, (allows, rule) in _RULES.items():
             value = getattr(self, name)
             if not allows(value):
-                raise InputError(f"request {self.id!r}: {name} must be {rule}, got {value!r}")
+                raise InputError(
+                    f"request {self.request_id!r}: {name} must be {rule}, got {value!r}"
+                )
         if not self.prompt:
             raise InputError(
-                f"request {self.id!r}: the prompt is empty: a model needs a token to continue"
+                f"request {self.request_id!r}: the prompt is empty: "
+                "a model needs a token to continue"
             )
         try:
-            hash(self.id)
+            hash(self.request_id)
         except TypeError as error:
-            raise InputError(f"a request's id must be hashable, got {self.id!r}") from error
+            raise InputError(f"a request's id must be hashable, got {self.request_id!r}") from error
 
     @property
     def max_cached_tokens(self) -> int:
@@ -198,7 +201,7 @@ class SequenceStatus(Enum):
 class Sequence:
     """One continuation of a request while it is served; only the scheduler changes it.
 
-    >>> sequence = Sequence(Request([5, 9, 2], max_tokens=8, id="a"), index=0, order=0)
+    >>> sequence = Sequence(Request([5, 9, 2], max_tokens=8, request_id="a"), index=0, order=0)
     >>> sequence.tokens.append(7)
     >>> sequence.total - sequence.computed, sequence.output, sequence.remaining
     (4, [7], 7)
@@ -207,8 +210,8 @@ class Sequence:
     """
 
     __slots__ = (
-        "computed", "drafts", "index", "key", "order", "preemptions", "reason", "request",
-        "slots", "status", "tokens",
+        "computed", "drafts", "finish_reason", "index", "key", "order", "preemptions",
+        "request", "slots", "status", "stop_reason", "tokens",
     )  # fmt: skip
 
     def __init__(self, request: Request, index: int, order: int):
@@ -216,15 +219,16 @@ class Sequence:
         self.request = request
         self.index = index
         self.order = order
-        self.key: tuple[abc.Hashable, int] = (request.id, index)  # its name in plans
+        self.key: tuple[abc.Hashable, int] = (request.request_id, index)  # its name in plans
         self.tokens = list(request.prompt)
         self.drafts: list[int] = []
         self.computed = 0
         # Sequence slots that it takes: sequence 0 forks into n once its prompt is computed.
         self.slots = request.n if index == 0 else 1
         self.status = SequenceStatus.WAITING
-        # Why it finished: "length", "aborted", "dropped", or what the engine gave.
-        self.reason: str | None = None
+        # Why it finished: "length", "abort", "dropped", or what the engine gave.
+        self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
         self.preemptions = 0
 
     @property
@@ -242,12 +246,15 @@ class Sequence:
         """How many more tokens it may generate."""
         return len(self.request.prompt) + self.request.max_tokens - len(self.tokens)
 
-    def finish(self, reason: str) -> Sequence:
+    def finish(self, finish_reason: str, stop_reason: int | str | None = None) -> Sequence:
         """Mark the sequence as finished; returns it."""
         self.status = SequenceStatus.FINISHED
-        self.reason = reason
+        self.finish_reason = finish_reason
+        self.stop_reason = stop_reason
         return self
 
     def __repr__(self) -> str:
         progress = f"{self.computed}/{self.total}"
-        return f"Sequence({self.request.id!r}.{self.index}, {progress}, {self.status.value})"
+        return (
+            f"Sequence({self.request.request_id!r}.{self.index}, {progress}, {self.status.value})"
+        )

@@ -53,7 +53,7 @@ def validate_request(request: Request, config: ModelConfig) -> None:
     elif request.beam and request.n > vocabulary - len(config.eos_token_ids):
         reason = f"{request.n} beams need as many first tokens, of {vocabulary}"
     if reason is not None:
-        raise InputError(f"request {request.id!r}: {reason}")
+        raise InputError(f"request {request.request_id!r}: {reason}")
 
 
 class SequenceState:
@@ -87,11 +87,11 @@ class SequenceState:
             return SampledTokens(tokens)
         for count, token in enumerate(tokens, 1):
             if token in self.end_tokens:
-                return SampledTokens(tokens[:count], "end")
+                return SampledTokens(tokens[:count], "stop")
             if self.detokenizer is not None:
                 self.detokenizer.push(token)
                 if self.detokenizer.stopped:
-                    return SampledTokens(tokens[:count], "stop")
+                    return SampledTokens(tokens[:count], "stop", self.detokenizer.matched)
         return SampledTokens(tokens)
 
     def take_text(self, finished: bool) -> str:
@@ -165,12 +165,12 @@ class RequestState:
         """Fill in the text of an update; keep the sequence's output if it has finished."""
         sequence = update.sequence
         state = self.sequence_state(sequence.index)
-        update.text = state.take_text(finished=update.reason is not None)
-        if update.reason is None:
+        update.text = state.take_text(finished=update.finish_reason is not None)
+        if update.finish_reason is None:
             return
         # the text of a detokenizer ends before a stop string
         text = None if state.detokenizer is None else state.detokenizer.text
-        self._add_output(sequence, update.reason, text)
+        self._add_output(sequence, text)
         self.output.preemptions += sequence.preemptions
 
     def finish_search(self, dropped: list[Sequence]) -> list[SequenceUpdate]:
@@ -179,22 +179,25 @@ class RequestState:
         """
         assert self.search is not None
         updates = []
-        for rank, (score, tokens, reason) in enumerate(self.search.best):
+        for rank, (score, tokens, finish_reason) in enumerate(self.search.best):
             found = Sequence(self.request, rank, dropped[0].order)
             found.tokens += tokens
-            found.finish(reason)
-            text = self._add_output(found, reason, None, score)
-            updates.append(SequenceUpdate(found, tokens, reason, text))
+            found.finish(finish_reason)
+            text = self._add_output(found, None, score)
+            updates.append(SequenceUpdate(found, tokens, finish_reason, text))
         return updates
 
-    def _add_output(
-        self, sequence: Sequence, reason: str, text: str | None, score: float | None = None
-    ) -> str:
+    def _add_output(self, sequence: Sequence, text: str | None, score: float | None = None) -> str:
         """Keep the output of a finished sequence, without its end token; returns its text."""
         tokens = sequence.output
-        if reason == "end":
+        assert sequence.finish_reason is not None
+        if sequence.finish_reason == "stop" and not isinstance(sequence.stop_reason, str):
             tokens = tokens[:-1]
         if text is None:
             text = self.tokenizer.decode(tokens)
-        self.output.outputs.append(CompletionOutput(sequence.index, tokens, text, reason, score))
+        self.output.outputs.append(
+            CompletionOutput(
+                sequence.index, tokens, text, sequence.finish_reason, sequence.stop_reason, score
+            )
+        )
         return text

@@ -52,8 +52,8 @@ class Scheduler(BaseScheduler):
     >>> from refllm.serve.kv_manager import PagedKVManager
     >>> scheduler = Scheduler(PagedKVManager(BlockPool(8, 4)), max_batch_tokens=6)
     >>> for name, length in (("a", 4), ("b", 5)):
-    ...     _ = scheduler.submit(Request(range(length), max_tokens=2, id=name))
-    >>> [(item.name[0], item.count, item.samples) for item in scheduler.plan().items]
+    ...     _ = scheduler.submit(Request(range(length), max_tokens=2, request_id=name))
+    >>> [(item.key[0], item.count, item.samples) for item in scheduler.plan().items]
     [('a', 4, 1), ('b', 2, 0)]
     """
 

@@ -254,13 +254,13 @@ def best_hit_rate(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[i
 
 
 def _request(name: tuple[int, ...], prompt: Sequence[int], answer: int) -> Request:
-    return Request(prompt, answer, id=name, ignore_eos=True)
+    return Request(prompt, answer, request_id=name, ignore_eos=True)
 
 
 def _id_parts(request: Request) -> tuple[int, ...]:
     """The id of a request that a program made: its conversation and turn, or its problem and
     path.
     """
-    if not isinstance(request.id, tuple):
-        raise InputError(f"{request.id!r} is not a request of this program")
-    return request.id
+    if not isinstance(request.request_id, tuple):
+        raise InputError(f"{request.request_id!r} is not a request of this program")
+    return request.request_id

@@ -52,7 +52,7 @@ class Simulator:
     >>> from refllm.serve import factory
     >>> from refllm.simulate.clock import UnitClock
     >>> scheduler = factory.make("fcfs", BlockPool(8, 4), max_batch_tokens=4)
-    >>> result = Simulator(scheduler, UnitClock()).run([Request(range(6), 3, id="a")])
+    >>> result = Simulator(scheduler, UnitClock()).run([Request(range(6), 3, request_id="a")])
     >>> result.recorder.timelines["a", 0].times  # the prompt takes two steps
     [2.0, 3.0, 4.0]
     """
@@ -109,7 +109,7 @@ class Simulator:
             for sequence in self._finished:
                 if sequence.index > 0:
                     continue
-                self._outputs[sequence.request.id] = sequence.output
+                self._outputs[sequence.request.request_id] = sequence.output
                 more = follow(sequence.request, sequence.output) if follow else []
                 done += 1
                 known += len(more)
@@ -126,7 +126,7 @@ class Simulator:
         """Queue a request that was sent at its arrival, or at ``sent``."""
         if request.beam:
             raise InputError(
-                f"request {request.id!r}: beams depend on a model's logits: "
+                f"request {request.request_id!r}: beams depend on a model's logits: "
                 "simulate n samples instead"
             )
         name = self.scheduler.submit(request)
@@ -200,13 +200,13 @@ class Simulator:
         for update in updates:
             key = update.sequence.key
             if key not in timelines:  # forked in this step
-                parent = timelines[update.id, 0]
+                parent = timelines[update.request_id, 0]
                 self.recorder.sent(key, parent.prompt, parent.sent)
             timeline = timelines[key]
             if update.tokens:
                 timeline.times += stamps
                 timeline.tokens += len(update.tokens)
-            if update.reason is not None:
+            if update.finish_reason is not None:
                 timeline.completed = True
                 self._closed = False
                 self._finished.append(update.sequence)

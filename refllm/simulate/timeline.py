@@ -99,7 +99,7 @@ class Trace:
             for node in memory.cache.nodes():
                 for slot in node.slots[:: memory.block_size]:
                     owners[slot // memory.block_size] = CACHED
-        tables = {item.name: item.blocks for item in executed.plan.items}
+        tables = {item.key: item.blocks for item in executed.plan.items}
         for sequence in self.scheduler.running:
             if sequence.key not in tables:
                 tables[sequence.key] = memory.blocks(sequence)

@@ -232,7 +232,7 @@ def requests(
     times = arrivals(rng, count, rate, shape).tolist()
     made = []
     for i, (p, o, time) in enumerate(zip(prompts, outputs, times, strict=True)):
-        made.append(Request(make_prompt(p), o, id=i, arrival=time, ignore_eos=True))
+        made.append(Request(make_prompt(p), o, request_id=i, arrival=time, ignore_eos=True))
     return made
 
 

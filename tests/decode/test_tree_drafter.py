@@ -182,14 +182,14 @@ def test_the_engine_rejects_trees_and_continues_without_them():
     model = load("stdlib")
     draft = load("stdlib-draft")
     engine = Engine(model, num_blocks=16, drafter=lambda: TreeDrafter(draft))
-    engine.submit(Request(model.tokenizer.encode("import os"), 6, id="a"))
+    engine.submit(Request(model.tokenizer.encode("import os"), 6, request_id="a"))
     engine.step()
     with pytest.raises(ValueError, match="the engine verifies chains"):
         engine.step()
     engine.abort("a")
     engine.drafter = None
     engine.check()
-    assert engine.run()["a"].outputs[0].reason == "aborted"
+    assert engine.run()["a"].outputs[0].finish_reason == "abort"
 
 
 def test_of_a_tree_the_verified_levels_are_counted():

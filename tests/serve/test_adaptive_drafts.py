@@ -58,7 +58,7 @@ def requests(seed: int, count: int, sampled: bool) -> list[Request]:
             options |= {"temperature": 0.8, "top_k": 20, "seed": 100 + i}
         if i % 3 == 2:
             options["repetition_penalty"] = 1.3
-        out.append(Request(prompt * (1 + i % 2), int(rng.integers(1, 14)), id=i, **options))
+        out.append(Request(prompt * (1 + i % 2), int(rng.integers(1, 14)), request_id=i, **options))
     return out
 
 
@@ -76,7 +76,7 @@ def served(drafter, asked, each_step=None, **options):
             each_step(engine)
         results |= engine.results
         engine.results = {}
-    return {name: (r.tokens, r.text, r.reason) for name, r in results.items()}, engine
+    return {name: (r.tokens, r.text, r.finish_reason) for name, r in results.items()}, engine
 
 
 @pytest.mark.theorem(
@@ -164,10 +164,10 @@ def test_greedy_text_is_the_same_on_the_real_model_in_a_batch_with_preemption():
     draft = load("stdlib-draft", dtype="float64")
     documents = held_out_documents()
     asked = [
-        Request(target.tokenizer.encode(documents[i].text)[:40], 20, id=i, ignore_eos=True)
+        Request(target.tokenizer.encode(documents[i].text)[:40], 20, request_id=i, ignore_eos=True)
         for i in range(3)
     ]
-    plain = {r.id: target.generate(list(r.prompt), 20, ignore_eos=True) for r in asked}
+    plain = {r.request_id: target.generate(list(r.prompt), 20, ignore_eos=True) for r in asked}
     for drafter in (
         AdaptiveDrafting(ModelDrafter(draft, 3, sequences=4)),
         AdaptiveDrafting(lambda: NGramDrafter(4)),
@@ -187,7 +187,7 @@ def test_a_stop_string_or_end_token_among_accepted_drafts_ends_the_output(stop):
     """All tokens are drafted and accepted, eight per step; what follows the end is
     discarded.
     """
-    plain, _ = served(None, [Request([7, 8], 16, id=0)])
+    plain, _ = served(None, [Request([7, 8], 16, request_id=0)])
     tokens, text, _ = plain[0]
     options = {"stop": [text[3:6]]} if stop else {}
     from dataclasses import replace
@@ -195,7 +195,7 @@ def test_a_stop_string_or_end_token_among_accepted_drafts_ends_the_output(stop):
 
     config = CONFIG if stop else replace(CONFIG, eos_token_ids=(tokens[4],))
     model = SimpleNamespace(config=config, weights=TARGET.weights, tokenizer=TARGET.tokenizer)
-    asked = Request([7, 8], 16, id=0, **options)
+    asked = Request([7, 8], 16, request_id=0, **options)
     results = []
     for drafter in (None, AdaptiveDrafting(PerfectDrafter(TARGET, 8))):
         engine = Engine(model, num_blocks=24, block_size=4, drafter=drafter, poison=True)
@@ -203,7 +203,8 @@ def test_a_stop_string_or_end_token_among_accepted_drafts_ends_the_output(stop):
         results.append(engine.run()[0])
         engine.check()
     assert results[0] == results[1]
-    assert results[1].reason == ("stop" if stop else "end")
+    assert results[1].finish_reason == "stop"
+    assert results[1].stop_reason == (text[3:6] if stop else None)
     assert len(results[1].tokens) < 16
 
 
@@ -226,7 +227,7 @@ def test_sampled_drafts_keep_the_output_distribution_in_the_engine(monkeypatch, 
             max_batch_tokens=budget,
             seed=0,
         )
-        engine.submit(Request(PROMPT, 4, id=0, temperature=1.0))
+        engine.submit(Request(PROMPT, 4, request_id=0, temperature=1.0))
         engine._requests[0].sequence_state(0).rng = rng
         engine._requests[0].sequence_state(0).uniform = lambda place: 0.5
         monkeypatch.setattr(
@@ -343,7 +344,8 @@ def test_at_most_one_sequence_probes_in_a_step():
 def test_sampled_drafts_that_the_budget_cuts_are_verified_with_their_own_q():
     drafting = AdaptiveDrafting(ModelDrafter(DRAFT, 4, sequences=2))
     asked = [
-        Request([3 + i, 4, 5], 12, id=i, seed=i, temperature=1.0, ignore_eos=True) for i in range(2)
+        Request([3 + i, 4, 5], 12, request_id=i, seed=i, temperature=1.0, ignore_eos=True)
+        for i in range(2)
     ]
     found, engine = served(drafting, asked, max_batch_tokens=6)
     assert [len(tokens) for tokens, _, _ in found.values()] == [12, 12]
@@ -449,7 +451,7 @@ def test_the_batch_is_counted_in_each_step_and_no_sequence_is_kept():
     drafting = AdaptiveDrafting(lambda: NGramDrafter(3, shortest=1), costs=costs)
     engine = Engine(TARGET, num_blocks=64, drafter=drafting)
     for i in range(40):  # each sequence asks once
-        engine.submit(Request([5, 6, 5, 6, 5], 3, id=i, ignore_eos=True))
+        engine.submit(Request([5, 6, 5, 6, 5], 3, request_id=i, ignore_eos=True))
         engine.run()
     assert drafting.batch == 1
     assert drafting.worthwhile_gamma(0.9, 3) > 0
@@ -491,7 +493,7 @@ def test_a_probe_without_drafts_does_not_lengthen_the_probing_interval():
 
 def test_sequences_without_a_cache_get_no_drafts_and_the_others_keep_theirs():
     source = ModelDrafter(DRAFT, 3, sampling=GREEDY, sequences=2)
-    asked = [Request([7 + i] * 40, 12, id=i, ignore_eos=True) for i in range(3)]
+    asked = [Request([7 + i] * 40, 12, request_id=i, ignore_eos=True) for i in range(3)]
     plain, _ = served(None, asked, num_blocks=60)
     found, _ = served(AdaptiveDrafting(source), asked, num_blocks=60)
     assert found == plain
@@ -533,7 +535,7 @@ def test_after_a_failure_while_drafting_the_step_is_repeated(monkeypatch):
             raise MemoryError
         return real(*arguments)
 
-    asked = Request(list(range(1, 13)), 6, id=0, ignore_eos=True)
+    asked = Request(list(range(1, 13)), 6, request_id=0, ignore_eos=True)
     [plain] = served(None, [asked])[0].values()
 
     def made():

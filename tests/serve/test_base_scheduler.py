@@ -22,8 +22,8 @@ def scheduler(*requests: Request, **options: Any) -> Scheduler:
     return made
 
 
-def go(*tokens: int, reason: str | None = None) -> SampledTokens:
-    return SampledTokens(tokens, reason)
+def go(*tokens: int, finish_reason: str | None = None) -> SampledTokens:
+    return SampledTokens(tokens, finish_reason)
 
 
 @pytest.mark.parametrize(
@@ -79,8 +79,8 @@ def test_no_more_is_drafted_than_a_sequence_may_generate():
 
 def test_a_sequence_may_end_without_a_token_if_it_has_a_reason():
     made = scheduler(Request([1, 2], 3))
-    (update,) = made.update(made.plan(), [[go(reason="error")]])
-    assert (update.tokens, update.reason) == ([], "error")
+    (update,) = made.update(made.plan(), [[go(finish_reason="error")]])
+    assert (update.tokens, update.finish_reason) == ([], "error")
     assert not made.unfinished
     assert made.memory.allocated == 0
 
@@ -88,9 +88,9 @@ def test_a_sequence_may_end_without_a_token_if_it_has_a_reason():
 def test_beams_fork_and_drop_and_keep_their_slots():
     made = scheduler(Request([1, 2], 9, n=3, beam=True), max_sequences=3)
     made.update(made.plan(), [[go(1), go(2), go(3)]])
-    other = made.submit(Request([1], 1, id="other"))
+    other = made.submit(Request([1], 1, request_id="other"))
     updates = made.update(made.plan(), [[], [go(4), go(5), go(6)], []])
-    assert [(update.sequence.index, update.reason) for update in updates] == [
+    assert [(update.sequence.index, update.finish_reason) for update in updates] == [
         (0, "dropped"),
         (1, None),
         (3, None),
@@ -106,11 +106,11 @@ def test_beams_fork_and_drop_and_keep_their_slots():
 
 
 def test_a_request_that_finishes_without_a_step_is_reported_with_the_next():
-    made = scheduler(Request([1], 0, id="nothing", n=2))
+    made = scheduler(Request([1], 0, request_id="nothing", n=2))
     assert made.unfinished
     plan = made.plan()
     assert plan.items == []
-    assert [(update.sequence.key, update.reason) for update in made.update(plan, [])] == [
+    assert [(update.sequence.key, update.finish_reason) for update in made.update(plan, [])] == [
         (("nothing", 0), "length"),
         (("nothing", 1), "length"),
     ]
@@ -118,9 +118,9 @@ def test_a_request_that_finishes_without_a_step_is_reported_with_the_next():
 
 
 def test_ids_are_assigned_and_unique():
-    made = scheduler(Request([1], 2, id=0))
+    made = scheduler(Request([1], 2, request_id=0))
     assert made.submit(Request([1], 2)) == 1
     with pytest.raises(ValueError, match="request 0 is being served"):
-        made.submit(Request([1], 2, id=0))
+        made.submit(Request([1], 2, request_id=0))
     made.abort(0)
-    assert made.submit(Request([1], 2, id=0)) == 0
+    assert made.submit(Request([1], 2, request_id=0)) == 0

@@ -67,7 +67,7 @@ def naive_search(
         scores = np.array([score for score, _ in found])
         nearest = min(nearest, float(np.min(scores[:-1] - scores[1:], initial=np.inf)))
         ended += [
-            Hypothesis(score / length**penalty, text, "end")
+            Hypothesis(score / length**penalty, text, "stop")
             for score, text in found[:n]
             if text[-1] in ends
         ]
@@ -151,7 +151,9 @@ def test_oracle_a_search_over_whole_outputs(xp, case):
     expected, _, nearest = naive_search(*case)
     assume(nearest > TOLERANCE)  # otherwise either may win
     found, _ = drive(*case, xp)
-    assert [(h.tokens, h.reason) for h in found] == [(h.tokens, h.reason) for h in expected]
+    assert [(h.tokens, h.finish_reason) for h in found] == [
+        (h.tokens, h.finish_reason) for h in expected
+    ]
     np.testing.assert_allclose(
         [h.score for h in found], [h.score for h in expected], atol=TOLERANCE
     )
@@ -292,9 +294,9 @@ def test_oracle_the_search_in_the_engine_finds_what_a_naive_one_finds(
     if nearest < TOLERANCE:
         return  # a tie: either may win
     assert [o.tokens for o in result.outputs] == [
-        h.tokens[:-1] if h.reason == "end" else h.tokens for h in expected
+        h.tokens[:-1] if h.finish_reason == "stop" else h.tokens for h in expected
     ]
-    assert [o.reason for o in result.outputs] == [h.reason for h in expected]
+    assert [o.finish_reason for o in result.outputs] == [h.finish_reason for h in expected]
     np.testing.assert_allclose(
         [o.score for o in result.outputs], [h.score for h in expected], atol=TOLERANCE
     )
@@ -350,9 +352,9 @@ def test_conservation_a_block_for_each_prefix_and_none_for_dropped_beams(prompt,
 
     def look(plan: Plan) -> None:
         texts = {sequence.key: tuple(sequence.tokens) for sequence in engine.scheduler.running}
-        assert texts.keys() == {item.name for item in plan.items}
+        assert texts.keys() == {item.key for item in plan.items}
         full = {
-            texts[item.name][:end]
+            texts[item.key][:end]
             for item in plan.items
             for end in range(size, item.start + 1, size)
         }
@@ -372,7 +374,9 @@ def test_a_search_that_is_settled_frees_its_blocks_while_others_run():
     prompts = [[a, b] for a in range(9) for b in range(9)]
     request = next(
         r
-        for r in (Request(p, 40, n=2, beam=True, length_penalty=0.0, id="search") for p in prompts)
+        for r in (
+            Request(p, 40, n=2, beam=True, length_penalty=0.0, request_id="search") for p in prompts
+        )
         if naive_search(r, frozenset([END]), network(r), early=True)[1] < 20
     )
     _, length, _ = naive_search(request, frozenset([END]), network(request), early=True)

@@ -54,7 +54,7 @@ def some_request(rng: random.Random, name: int) -> Request:
     return Request(
         prompt,
         rng.randint(1, 9),
-        id=name,
+        request_id=name,
         n=n,
         ignore_eos=rng.random() < 0.5,
         priority=rng.randint(0, 2),
@@ -111,7 +111,7 @@ def test_invariance_tokens_depend_on_the_request_alone():
         results = engine.run()
         engine.check()
         for request in requests:
-            outputs = results[request.id].outputs
+            outputs = results[request.request_id].outputs
             assert len(outputs) == request.n
             for output in outputs:
                 expected, nearest = alone(request, output.index)
@@ -120,7 +120,7 @@ def test_invariance_tokens_depend_on_the_request_alone():
                 )
                 assert output.tokens == without_end(expected, request), (seed, request)
                 ended = expected[-1:] == [5] and not request.ignore_eos
-                assert output.reason == ("end" if ended else "length")
+                assert output.finish_reason == ("stop" if ended else "length")
         assert engine.used_blocks == 0
         seen.update(
             preempted=engine.preemptions,
@@ -193,7 +193,7 @@ def test_speculation_with_a_draft_model_keeps_greedy_tokens_and_saves_steps():
 def busy() -> Engine:
     """An engine that serves a request already."""
     engine = Engine(served_model(), num_blocks=8, block_size=4)
-    engine.submit(Request(PROMPTS[0], 8, id="first", ignore_eos=True))
+    engine.submit(Request(PROMPTS[0], 8, request_id="first", ignore_eos=True))
     engine.step()
     return engine
 
@@ -218,7 +218,7 @@ def assert_serves_on(engine: Engine) -> None:
         (lambda: Request([1, 257], 5), "token 257 at position 1 .* vocabulary of 257"),
         (lambda: Request([1, -1], 5), "-1 at position 1"),
         (lambda: Request([1], -1), "max_tokens"),
-        (lambda: Request([1], 5, id="first"), "'first' is being served"),
+        (lambda: Request([1], 5, request_id="first"), "'first' is being served"),
         (lambda: Request([1], 5, n=200), "200 sequences, and at most 128"),
         (lambda: Request([1], 5, n=2, beam=True, temperature=1.0), "beam search neither samples"),
         (lambda: Request([1], 5, n=2, beam=True, stop="x"), "beam search neither samples"),
@@ -250,9 +250,9 @@ def test_a_search_may_have_as_many_beams_as_there_are_tokens_that_do_not_end():
 
 def test_an_id_that_the_engine_assigns_is_free():
     engine = Engine(served_model(), num_blocks=8)
-    engine.submit(Request([1], 1, id=0))
+    engine.submit(Request([1], 1, request_id=0))
     engine.step()  # its result is not taken
-    engine.submit(Request([1], 1, id=1))
+    engine.submit(Request([1], 1, request_id=1))
     assert [engine.submit(Request([1], 1)) for _ in range(2)] == [2, 3]
     assert sorted(engine.run()) == [0, 1, 2, 3]
 
@@ -276,28 +276,31 @@ def test_requests_without_a_seed_draw_theirs_from_the_engines():
 def test_max_tokens_0_gives_empty_outputs(busy):
     name = busy.submit(Request([1, 2], 0, n=2))
     result = busy.run()[name]
-    assert [(o.tokens, o.text, o.reason) for o in result.outputs] == [([], "", "length")] * 2
+    assert [(o.tokens, o.text, o.finish_reason) for o in result.outputs] == [([], "", "length")] * 2
 
 
 def test_an_id_is_in_use_until_its_result_is_taken(busy):
     while busy.unfinished:
         busy.step()
     with pytest.raises(ValueError, match="result was not taken"):
-        busy.submit(Request([1], 1, id="first"))
+        busy.submit(Request([1], 1, request_id="first"))
     assert list(busy.run()) == ["first"]
-    busy.submit(Request(PROMPTS[0], 8, id="first", ignore_eos=True))
+    busy.submit(Request(PROMPTS[0], 8, request_id="first", ignore_eos=True))
     assert_serves_on(busy)
 
 
 def test_an_abort_keeps_the_tokens_so_far_and_is_false_for_unknown_ids(busy):
-    request = Request(PROMPTS[1], 9, id=7, ignore_eos=True)
+    request = Request(PROMPTS[1], 9, request_id=7, ignore_eos=True)
     busy.submit(request)
     busy.step()
     busy.step()
     assert busy.abort(7)
     assert not busy.abort(7)  # it has ended
     assert not busy.abort("unknown")
-    assert (busy.results[7].reason, busy.results[7].tokens) == ("aborted", alone(request)[0][:2])
+    assert (busy.results[7].finish_reason, busy.results[7].tokens) == (
+        "abort",
+        alone(request)[0][:2],
+    )
     assert_serves_on(busy)
 
 
@@ -332,7 +335,9 @@ def test_nan_logits_end_their_own_request(busy):
     for result in [busy.results.pop(name) for name in names]:
         assert result.error is not None
         assert "NaN" in result.error
-        assert {(output.reason, len(output.tokens)) for output in result.outputs} == {("error", 0)}
+        assert {(output.finish_reason, len(output.tokens)) for output in result.outputs} == {
+            ("error", 0)
+        }
     assert_serves_on(busy)
 
 
@@ -352,7 +357,7 @@ class BrokenEmbedding:
 
 def test_a_step_that_fails_is_rolled_back_and_no_token_is_lost(busy):
     sampled = Request(
-        PROMPTS[1], 6, id="sampled", temperature=0.9, seed=4, ignore_eos=True, stop="\0\0"
+        PROMPTS[1], 6, request_id="sampled", temperature=0.9, seed=4, ignore_eos=True, stop="\0\0"
     )
     busy.submit(sampled)
     busy.step()
@@ -418,10 +423,12 @@ def test_outputs_are_in_the_order_of_their_sequences():
     engine = Engine(served_model(9), num_blocks=200, block_size=4)
     ended = []
     for seed in range(12):
-        request = Request([1, 2], 20, id=seed, n=3, seed=seed, temperature=1.0)
+        request = Request([1, 2], 20, request_id=seed, n=3, seed=seed, temperature=1.0)
         engine.submit(
             request,
-            lambda update: ended.append((update.id, update.index)) if update.reason else None,
+            lambda update: (
+                ended.append((update.request_id, update.index)) if update.finish_reason else None
+            ),
         )
     results = engine.run()
     for result in results.values():
@@ -448,7 +455,7 @@ def test_callbacks_receive_every_token_once_and_the_text_in_parts():
             == output.text
             == engine.model.tokenizer.decode(output.tokens)
         )
-        assert [update.reason for update in updates] == [None] * 11 + ["length"]
+        assert [update.finish_reason for update in updates] == [None] * 11 + ["length"]
 
 
 def test_a_stop_string_ends_the_text_before_it():
@@ -463,7 +470,8 @@ def test_a_stop_string_ends_the_text_before_it():
     )
     result = engine.run() if engine.submit(stopping, received.append) is not None else {}
     (result,) = result.values()
-    assert (result.text, result.reason) == (whole[: whole.index(stop)], "stop")
+    assert (result.text, result.finish_reason) == (whole[: whole.index(stop)], "stop")
+    assert result.stop_reason == stop == received[-1].stop_reason
     assert "".join(update.text for update in received) == result.text
     assert engine.used_blocks == 0
 
@@ -477,7 +485,7 @@ def test_a_callback_that_raises_ends_its_own_request(busy):
         busy.step()
     result = busy.results.pop(name)
     assert result.error == "the callback raised KeyError: 'lost'"
-    assert {output.reason for output in result.outputs} == {"error"}
+    assert {output.finish_reason for output in result.outputs} == {"error"}
     assert_serves_on(busy)
 
 
@@ -500,7 +508,7 @@ def test_ctrl_c_in_a_callback_is_raised_and_the_next_run_continues():
         engine.step()
     assert not engine.unfinished
     results = engine.run()
-    assert results[short].reason == "length"
+    assert results[short].finish_reason == "length"
     assert len(results[short].outputs[0].tokens) == 1
     assert results[long].outputs[0].tokens == alone(Request([3], 4))[0]
 
@@ -513,33 +521,33 @@ def test_a_callback_may_submit_and_abort_but_not_step(busy):
             busy.step()
         except RuntimeError as error:
             errors.append(str(error))
-        busy.submit(Request([3], 1, id="late"))
+        busy.submit(Request([3], 1, request_id="late"))
         busy.abort("own")
 
-    busy.submit(Request([1, 2], 5, id="own"), meddles)
+    busy.submit(Request([1, 2], 5, request_id="own"), meddles)
     while busy.unfinished:
         busy.step()
     assert "callback called step" in errors[0]
-    assert busy.results.pop("own").reason == "aborted"
-    assert busy.results.pop("late").reason in ("length", "end")
+    assert busy.results.pop("own").finish_reason == "abort"
+    assert busy.results.pop("late").finish_reason in ("length", "stop")
     assert_serves_on(busy)
 
 
 def test_a_callback_may_abort_a_search_that_has_just_ended_or_gone_on(busy):
     """Its updates of this step are not published yet, and never will be."""
-    search = busy.submit(Request([1, 2], 2, id="search", n=2, beam=True))
+    search = busy.submit(Request([1, 2], 2, request_id="search", n=2, beam=True))
     aborted = []
 
     def abort(update: SequenceUpdate) -> None:
         aborted.append(busy.abort(search))
 
-    busy.submit(Request([3], 4, id="other"), abort)
+    busy.submit(Request([3], 4, request_id="other"), abort)
     while busy.unfinished:
         updates = busy.step()
-        assert all(update.id != "search" for update in updates)
+        assert all(update.request_id != "search" for update in updates)
         busy.check()
     assert aborted[0]
-    assert {output.reason for output in busy.results.pop("search").outputs} == {"aborted"}
+    assert {output.finish_reason for output in busy.results.pop("search").outputs} == {"abort"}
     assert not busy.results.pop("other").error
     assert_serves_on(busy)
 
@@ -562,7 +570,7 @@ def test_conservation_a_flood_with_random_aborts_ends_with_every_block_free(cach
         beam = rng.random() < 0.02
         names.append(
             engine.submit(
-                Request(prompt, rng.randint(0, 6), id=name, n=2 if beam else 1, beam=beam)
+                Request(prompt, rng.randint(0, 6), request_id=name, n=2 if beam else 1, beam=beam)
             )
         )
         if rng.random() < 0.15:
@@ -574,8 +582,10 @@ def test_conservation_a_flood_with_random_aborts_ends_with_every_block_free(cach
         if rng.random() < 0.5:
             engine.abort(rng.choice(names))
     engine.check()
-    ended.update(output.reason for result in engine.run().values() for output in result.outputs)
-    assert set(ended) == {"length", "end", "aborted"}
+    ended.update(
+        output.finish_reason for result in engine.run().values() for output in result.outputs
+    )
+    assert set(ended) == {"length", "stop", "abort"}
     assert engine.preemptions > 0
     assert engine.used_blocks == 0
     if cache == "radix":
@@ -613,7 +623,7 @@ def test_conservation_nothing_is_kept_of_requests_whose_outputs_were_taken(polic
         options = {"n": 2, "beam": i % 2 == 0} if forks else {}
         name = Name()
         names.add(name)
-        engine.submit(Request([1, 2, i % 5, 4], i % 7, id=name, **options))
+        engine.submit(Request([1, 2, i % 5, 4], i % 7, request_id=name, **options))
         if i % 5 == 0:
             engine.on_plan = lambda plan: [][0]
             with pytest.raises(IndexError):

@@ -16,7 +16,7 @@ KINDS = pytest.mark.parametrize("make", [PagedKVManager, HashKVManager, RadixKVM
 
 
 def sequence(tokens: list[int], order: int = 0, **fields: object) -> Sequence:
-    return Sequence(Request(tokens, 9, id=order, **fields), 0, order)  # type: ignore[arg-type]
+    return Sequence(Request(tokens, 9, request_id=order, **fields), 0, order)  # type: ignore[arg-type]
 
 
 def compute(memory: PagedKVManager, one: Sequence, count: int) -> None:

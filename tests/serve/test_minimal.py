@@ -70,7 +70,7 @@ def test_oracle_the_engine_says_what_the_minimal_engine_says(
         max_batch_tokens=budget,
     )
     for i, (prompt, count) in enumerate(wanted):
-        engine.submit(Request(prompt, count, id=i))
+        engine.submit(Request(prompt, count, request_id=i))
     results = engine.run()
     for i, (name, (prompt, count)) in enumerate(zip(names, wanted, strict=True)):
         if greedy(prompt, count)[1] > TOLERANCE:
@@ -84,12 +84,12 @@ def test_requests_join_and_leave_between_steps():
     second = engine.submit([12] * 5, 4)  # 2 blocks
     third = engine.submit([13], 2)  # waits for a block
     engine.step()
-    assert [one.id for one in engine.running] == [first, second]
-    assert [one.id for one in engine.waiting] == [third]
-    while any(one.id == first for one in engine.running):
+    assert [one.request_id for one in engine.running] == [first, second]
+    assert [one.request_id for one in engine.waiting] == [third]
+    while any(one.request_id == first for one in engine.running):
         engine.step()
     engine.step()
-    assert third not in [one.id for one in engine.waiting]
+    assert third not in [one.request_id for one in engine.waiting]
     assert set(engine.run()) == {first, second, third}
 
 
@@ -99,7 +99,7 @@ def test_first_come_first_served_a_small_request_does_not_overtake_a_large_one()
     large = engine.submit([11] * 5, 3)  # 2 blocks: has to wait
     small = engine.submit([12], 1)  # 1 block would be there
     engine.step()
-    assert [one.id for one in engine.waiting] == [large, small]
+    assert [one.request_id for one in engine.waiting] == [large, small]
 
 
 @given(wanted=requests)

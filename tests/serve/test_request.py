@@ -47,7 +47,7 @@ from refllm.serve.request import Request, Sequence
 )
 def test_a_field_that_makes_no_sense_is_named(field, value):
     with pytest.raises(ValueError, match=rf"request 'r': {field} must be .*got"):
-        Request([1], id="r", **{field: value})
+        Request([1], request_id="r", **{field: value})
 
 
 SETTINGS = {
@@ -71,7 +71,7 @@ def test_the_keywords_of_sampling_are_a_shorthand_for_it():
 @pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(top_k=2)])
 def test_sampling_and_its_shorthand_together_are_an_error(sampling):
     with pytest.raises(ValueError, match=r"request 'r': give either sampling=.*\(top_k, min_p\)"):
-        Request([1], id="r", sampling=sampling, top_k=2, min_p=0.0)
+        Request([1], request_id="r", sampling=sampling, top_k=2, min_p=0.0)
 
 
 @pytest.mark.parametrize("wrong", [0.7, {"temperature": 0.7}, ()])
@@ -86,9 +86,9 @@ def test_a_request_with_another_id_is_the_same_but_for_that():
     asked = Request(
         [1], 5, sampling=SamplingParams(0.7), seed=3, stop="x", n=2, arrival=2.0, salt="s"
     )
-    named = replace(asked, id="a")
-    assert named.id == "a"
-    assert replace(named, id=None) == asked
+    named = replace(asked, request_id="a")
+    assert named.request_id == "a"
+    assert replace(named, request_id=None) == asked
     with pytest.raises(FrozenInstanceError):
         asked.sampling = GREEDY
 
@@ -115,7 +115,12 @@ def test_an_invalid_prompt_is_rejected(prompt, why):
 
 def test_defaults():
     asked = Request([1])
-    assert (asked.max_tokens, asked.id, asked.seed, asked.ignore_eos) == (16, None, None, False)
+    assert (asked.max_tokens, asked.request_id, asked.seed, asked.ignore_eos) == (
+        16,
+        None,
+        None,
+        False,
+    )
     assert (asked.n, asked.beam, asked.length_penalty) == (1, False, 1.0)
     assert (asked.priority, asked.arrival, asked.salt) == (0, 0.0, None)
 
@@ -134,7 +139,7 @@ def test_no_stop_string_is_none_or_empty():
 
 def test_an_id_must_be_hashable():
     with pytest.raises(ValueError, match="hashable"):
-        Request([1], id=[])
+        Request([1], request_id=[])
 
 
 @given(prompt=st.lists(st.integers(0, 9), min_size=1), longest=st.integers(0, 9))
@@ -151,7 +156,7 @@ def test_a_range_stays_a_range():
 
 
 def test_a_sequence_is_behind_by_what_it_has_not_computed():
-    sequence = Sequence(Request([1, 2, 3], 4, id="a", n=2), 0, 0)
+    sequence = Sequence(Request([1, 2, 3], 4, request_id="a", n=2), 0, 0)
     assert (sequence.total, sequence.output, sequence.remaining, sequence.key, sequence.slots) == (
         3,
         [],

@@ -11,7 +11,7 @@ from refllm.serve.request import Request, Sequence
 
 
 def sequence(prompt: int, output: int, order: int = 0) -> Sequence:
-    return Sequence(Request(range(prompt), output, id=order), 0, order)
+    return Sequence(Request(range(prompt), output, request_id=order), 0, order)
 
 
 @given(prompt=st.integers(1, 60), output=st.integers(0, 40))

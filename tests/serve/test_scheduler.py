@@ -80,7 +80,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             request = Request(
                 prompt,
                 longest,
-                id=self.names,
+                request_id=self.names,
                 n=n,
                 beam=rng.random() < 0.5,
                 priority=rng.randint(0, 2),
@@ -100,7 +100,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def abort(self, seed: int) -> None:
         name = random.Random(seed).randint(-1, self.names)
         live = any(
-            sequence.request.id == name
+            sequence.request.request_id == name
             for sequence in (*self.scheduler.running, *self.scheduler.waiting)
         )
         assert bool(self.scheduler.abort(name)) == live
@@ -148,7 +148,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         outcomes = self.outcomes(plan, rng)
         if fate == "aborted in it" and scheduler.running:
             self.seen["aborted in a step"] += 1
-            scheduler.abort(rng.choice(scheduler.running).request.id)
+            scheduler.abort(rng.choice(scheduler.running).request.request_id)
         before = {key: list(text) for key, text in self.expected.items()}
         self.follow(scheduler.update(plan, outcomes), before)
 
@@ -159,7 +159,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             for sequence in (*self.scheduler.running, *self.scheduler.waiting)
         }
         for item in plan.items:
-            sequence = sequences[item.name]
+            sequence = sequences[item.key]
             assert sequence.computed == item.start
             ahead = item.start + item.count - len(sequence.tokens)
             assert item.samples == (0 if ahead < 0 else 1 + len(sequence.drafts)), (
@@ -168,7 +168,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.seen["chunked"] += ahead < 0
             if sequence.request.beam and item.samples:  # all beams of a search in one step, or none
                 group = [b for b in sequences.values() if b.request is sequence.request]
-                assert {b.key for b in group} <= {other.name for other in plan.sampling}
+                assert {b.key for b in group} <= {other.key for other in plan.sampling}
         for name in plan.preempted:
             sequence = sequences[name]
             assert (sequence.tokens, sequence.computed, sequence.drafts) == (kept[name], 0, []), (
@@ -180,18 +180,18 @@ class SchedulerMachine(RuleBasedStateMachine):
     def outcomes(self, plan: Plan, rng: random.Random) -> list[Outcome]:
         """Some drafts accepted, sequences forked and dropped, some that end."""
         sequences = {sequence.key: sequence for sequence in self.scheduler.running}
-        live = Counter(sequence.request.id for sequence in sequences.values())
+        live = Counter(sequence.request.request_id for sequence in sequences.values())
         outcomes: list[Outcome] = []
         for item in plan.sampling:
-            sequence = sequences[item.name]
+            sequence = sequences[item.key]
             accepted = rng.randint(0, len(sequence.drafts))
             self.seen["accepted"] += accepted
             self.seen["rejected"] += len(sequence.drafts) - accepted
             ways = sequence.slots
             if sequence.request.beam:
-                free = sequence.request.n - live[item.name[0]]
-                ways = rng.randint(live[item.name[0]] == 1, 1 + free)
-                live[item.name[0]] += ways - 1
+                free = sequence.request.n - live[item.key[0]]
+                ways = rng.randint(live[item.key[0]] == 1, 1 + free)
+                live[item.key[0]] += ways - 1
             tokens = [[*sequence.drafts[:accepted], rng.randint(0, 1)]] + [
                 [rng.randint(0, 1)] for _ in range(1, ways)
             ]
@@ -208,7 +208,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         they must.
         """
         for update in updates:
-            sequence, tokens, reason = update.sequence, update.tokens, update.reason
+            sequence, tokens, reason = update.sequence, update.tokens, update.finish_reason
             if sequence.key not in self.expected:
                 parents = [text for key, text in before.items() if key[0] == sequence.key[0]]
                 assert sequence.output[:-1] in parents
@@ -317,13 +317,11 @@ def test_invariance_first_come_first_served_gives_first_tokens_in_the_order_of_a
 def test_decodes_go_first_and_prompts_share_what_is_left():
     scheduler = paged(40, max_batch_tokens=8)
     plans = []
-    scheduler.submit(Request(range(4), 6, id="streams"))
+    scheduler.submit(Request(range(4), 6, request_id="streams"))
     updates = scheduler.update(scheduler.plan(), [[SampledTokens([7])]])
-    scheduler.submit(Request(range(20), 1, id="long"))
+    scheduler.submit(Request(range(20), 1, request_id="long"))
     updates += served(scheduler, plans)
-    assert [
-        [(item.name[0], item.count, item.samples) for item in plan.items] for plan in plans
-    ] == [
+    assert [[(item.key[0], item.count, item.samples) for item in plan.items] for plan in plans] == [
         [("streams", 1, 1), ("long", 7, 0)],
         [("streams", 1, 1), ("long", 7, 0)],
         [("streams", 1, 1), ("long", 6, 1)],
@@ -335,12 +333,10 @@ def test_decodes_go_first_and_prompts_share_what_is_left():
 def test_a_long_prompt_is_cut_to_long_prefill_and_leaves_the_rest_of_the_budget():
     scheduler = paged(40, max_batch_tokens=16, long_prefill=5)
     plans = []
-    scheduler.submit(Request(range(12), 1, id="long"))
-    scheduler.submit(Request(range(4), 1, id="short"))
+    scheduler.submit(Request(range(12), 1, request_id="long"))
+    scheduler.submit(Request(range(4), 1, request_id="short"))
     served(scheduler, plans)
-    assert [
-        [(item.name[0], item.count, item.samples) for item in plan.items] for plan in plans
-    ] == [
+    assert [[(item.key[0], item.count, item.samples) for item in plan.items] for plan in plans] == [
         [("long", 5, 0), ("short", 4, 1)],
         [("long", 5, 0)],
         [("long", 2, 1)],
@@ -351,10 +347,10 @@ def test_without_chunks_a_prompt_is_computed_in_one_step_or_waits():
     scheduler = paged(40, max_batch_tokens=8, chunked=False)
     plans = []
     for name, length in (("first", 5), ("second", 5), ("third", 3)):
-        scheduler.submit(Request(range(length), 1, id=name))
+        scheduler.submit(Request(range(length), 1, request_id=name))
     served(scheduler, plans)
     # the second would not fit whole, and no request overtakes it
-    assert [[item.name[0] for item in plan.items] for plan in plans] == [
+    assert [[item.key[0] for item in plan.items] for plan in plans] == [
         ["first"],
         ["second", "third"],
     ]
@@ -364,7 +360,7 @@ def test_without_chunks_a_prompt_is_computed_in_one_step_or_waits():
 def test_the_watermark_applies_to_admissions_beside_others_only():
     scheduler = Scheduler(PagedKVManager(BlockPool(4, 4), watermark=0.5))
     for name, length in (("all", 16), ("one", 4), ("two", 4), ("three", 4)):
-        scheduler.submit(Request(range(length), 1, id=name))
+        scheduler.submit(Request(range(length), 1, request_id=name))
     plans: list[Plan] = []
     served(scheduler, plans)
     assert [[name for name, _ in plan.admitted] for plan in plans] == [
@@ -378,21 +374,23 @@ def test_the_youngest_is_preempted_comes_back_first_and_keeps_its_tokens():
     scheduler = paged(4, 2)
     plans = []
     for name in ("old", "young", "last"):
-        scheduler.submit(Request(range(3), 5, id=name))
+        scheduler.submit(Request(range(3), 5, request_id=name))
     updates = served(scheduler, plans)
     assert [(plan.step, name[0]) for plan in plans for name in plan.preempted] == [(2, "young")]
     assert all(not (plan.preempted and plan.admitted) for plan in plans)
     again = next(plan for plan in plans[3:] if plan.admitted)
     assert again.admitted[0] == ("young", 0)
     assert again.items[0][1:3] == (0, 5)  # its prompt and the two tokens that it had
-    generated = Counter(update.sequence.request.id for update in updates for _ in update.tokens)
+    generated = Counter(
+        update.sequence.request.request_id for update in updates for _ in update.tokens
+    )
     assert set(generated.values()) == {5}
 
 
 def test_priority_preempts_the_least_urgent():
     scheduler = paged(4, 2, order="priority")
-    scheduler.submit(Request(range(3), 5, id="urgent", priority=-1))
-    scheduler.submit(Request(range(3), 5, id="idle", priority=9))
+    scheduler.submit(Request(range(3), 5, request_id="urgent", priority=-1))
+    scheduler.submit(Request(range(3), 5, request_id="idle", priority=9))
     plans: list[Plan] = []
     served(scheduler, plans)
     assert {name[0] for plan in plans for name in plan.preempted} == {"idle"}
@@ -401,11 +399,11 @@ def test_priority_preempts_the_least_urgent():
 def test_no_sequence_is_preempted_for_drafts():
     scheduler = paged(4, 2)
     for name in ("old", "young"):
-        scheduler.submit(Request(range(3), 2, id=name))
+        scheduler.submit(Request(range(3), 2, request_id=name))
     scheduler.update(scheduler.plan(), [[SampledTokens([7])]] * 2)
     # both have 4 tokens to keep in 2 blocks each: there is room for the token, and none for
     # drafts
-    scheduler.running[0].request = Request(range(3), 9, id="old")
+    scheduler.running[0].request = Request(range(3), 9, request_id="old")
     assert scheduler.propose(("old", 0), [1, 2, 3]) == 3
     plan = scheduler.plan()
     assert not plan.preempted
@@ -414,7 +412,7 @@ def test_no_sequence_is_preempted_for_drafts():
 
 def test_rejected_drafts_are_discarded():
     scheduler = paged(8, 2)
-    scheduler.submit(Request(range(3), 9, id=0))
+    scheduler.submit(Request(range(3), 9, request_id=0))
     scheduler.update(scheduler.plan(), [[SampledTokens([7])]])
     scheduler.propose((0, 0), [1, 2, 3, 4])
     plan = scheduler.plan()
@@ -430,8 +428,8 @@ def test_rejected_drafts_are_discarded():
 def test_beams_are_preempted_together_and_ranked_together():
     scheduler = paged(12, 1)
     plans = []
-    scheduler.submit(Request(range(2), 4, id="first"))
-    scheduler.submit(Request(range(2), 4, id="beams", n=2, beam=True))
+    scheduler.submit(Request(range(2), 4, request_id="first"))
+    scheduler.submit(Request(range(2), 4, request_id="beams", n=2, beam=True))
     scheduler.update(
         scheduler.plan(), [[SampledTokens([7])], [SampledTokens([7]), SampledTokens([8])]]
     )
@@ -441,13 +439,13 @@ def test_beams_are_preempted_together_and_ranked_together():
     beaten = [plan.preempted for plan in plans if ("beams", 0) in plan.preempted]
     assert all(("beams", 1) in names for names in beaten)
     for plan in plans:
-        sampled = {item.name for item in plan.sampling if item.name[0] == "beams"}
+        sampled = {item.key for item in plan.sampling if item.key[0] == "beams"}
         assert len(sampled) in (0, 2)
 
 
 def test_beams_that_come_back_whole_from_a_cache_advance_in_the_step_that_admits_them():
     scheduler = Scheduler(HashKVManager(BlockPool(12, 1)))
-    scheduler.submit(Request(range(3), 4, id="beams", n=2, beam=True))
+    scheduler.submit(Request(range(3), 4, request_id="beams", n=2, beam=True))
     scheduler.update(scheduler.plan(), [[SampledTokens([7]), SampledTokens([8])]])
     scheduler.roll_back(scheduler.plan())
     assert not scheduler.running
@@ -474,13 +472,13 @@ def test_the_chunks_of_one_prompt_are_capped(cap, counts):
 
 def test_a_watermark_does_not_part_the_beams_of_a_search():
     scheduler = Scheduler(PagedKVManager(BlockPool(10, 1), watermark=0.7))
-    scheduler.submit(Request(range(4), 2, id="beams", n=2, beam=True))
+    scheduler.submit(Request(range(4), 2, request_id="beams", n=2, beam=True))
     scheduler.update(scheduler.plan(), [[SampledTokens([7]), SampledTokens([8])]])
     scheduler.roll_back(scheduler.plan())
     # the first takes four of ten blocks: fewer than seven are left, but the second comes too
     plan = scheduler.plan()
     assert plan.admitted == [("beams", 0), ("beams", 1)]
-    assert [(item.name[1], item.count) for item in plan.items] == [(0, 4)]
+    assert [(item.key[1], item.count) for item in plan.items] == [(0, 4)]
     scheduler.update(plan, [])
     scheduler.check()
     sampled = []
@@ -498,12 +496,12 @@ def test_every_preemption_is_counted_once():
     plans: list[Plan] = []
     ended: list[Sequence] = []
     for name in range(3):
-        scheduler.submit(Request(range(4), 9, id=name))
+        scheduler.submit(Request(range(4), 9, request_id=name))
     while scheduler.unfinished:
         plan = scheduler.plan()
         plans.append(plan)
         updates = scheduler.update(plan, [[SampledTokens([7])] for _ in plan.sampling])
-        ended += [update.sequence for update in updates if update.reason]
+        ended += [update.sequence for update in updates if update.finish_reason]
     preempted = Counter(name for plan in plans for name in plan.preempted)
     assert scheduler.preemptions == preempted.total() > 0
     assert {s.key: s.preemptions for s in ended if s.preemptions} == dict(preempted)
@@ -557,7 +555,7 @@ def test_limits_below_1_are_rejected(options):
 )
 def test_requests_that_can_never_be_served_are_rejected_without_any_change(request_, options, why):
     scheduler = paged(4, **options)
-    scheduler.submit(Request(range(2), 2, id="other"))
+    scheduler.submit(Request(range(2), 2, request_id="other"))
     with pytest.raises(ValueError, match=why):
         scheduler.submit(request_)
     assert [update.tokens for update in served(scheduler)] == [[7], [7]]
@@ -567,11 +565,11 @@ def test_requests_that_can_never_be_served_are_rejected_without_any_change(reque
 def test_degenerate_a_pool_of_one_block_serves_what_fits(fits):
     scheduler = paged(1, 8)
     for longest in (0, 1, 9 - fits, 10 - fits):
-        request = Request(range(fits), longest, id=longest)
+        request = Request(range(fits), longest, request_id=longest)
         if request.max_cached_tokens > 8:
             with pytest.raises(ValueError, match="pool has 8"):
                 scheduler.submit(request)
-        elif longest not in {b.request.id for b in scheduler.waiting}:
+        elif longest not in {b.request.request_id for b in scheduler.waiting}:
             scheduler.submit(request)
     served(scheduler)
     assert scheduler.memory.allocated == 0

@@ -80,7 +80,7 @@ def test_smaller_reservations_run_more_requests(policy, batch):
 def test_orca_computes_a_prompt_in_one_step_and_joins_at_every_step():
     made = plans("orca-oracle", [(5, 2), (5, 4), (5, 2)], 17, buddy=False, max_batch_tokens=3)
     assert all(item.samples for plan in made for item in plan.items)
-    assert [[item.name[0] for item in plan.items] for plan in made] == [
+    assert [[item.key[0] for item in plan.items] for plan in made] == [
         [0, 1],
         [0, 1],
         [1, 2],

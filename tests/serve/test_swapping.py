@@ -11,7 +11,7 @@ from refllm.serve.swapping import SwappingKVManager
 
 def preempted(memory: SwappingKVManager, order: int = 0) -> Sequence:
     """A sequence of five computed tokens that has just been preempted."""
-    sequence = Sequence(Request(range(6), 9, id=order), 0, order)
+    sequence = Sequence(Request(range(6), 9, request_id=order), 0, order)
     assert memory.admit(sequence, 5, alone=True)
     sequence.computed = 5
     memory.commit(sequence)
@@ -52,7 +52,7 @@ def test_a_sequence_for_which_the_host_has_no_room_is_dropped(host_blocks, swapp
 
 def test_a_sequence_of_which_nothing_was_computed_has_nothing_to_move():
     memory = SwappingKVManager(BlockPool(8, 2))
-    sequence = Sequence(Request(range(6), 9, id="new"), 0, 0)
+    sequence = Sequence(Request(range(6), 9, request_id="new"), 0, 0)
     memory.admit(sequence, 5, alone=True)
     memory.release(sequence, preempted=True)
     assert (memory.moved, memory.host_used, memory.match(sequence)) == ((0, 0), 0, 0)

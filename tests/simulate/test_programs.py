@@ -25,7 +25,9 @@ def played(program, order=lambda queue: 0):
     while queue:
         request = queue.pop(order(queue))
         served.append(request)
-        queue += program.follow(request, [sum(request.id) + i for i in range(request.max_tokens)])
+        queue += program.follow(
+            request, [sum(request.request_id) + i for i in range(request.max_tokens)]
+        )
     return served
 
 
@@ -44,9 +46,9 @@ PROGRAMS = {
 def test_a_program_makes_the_same_requests_in_any_order_of_serving(name, data):
     straight = played(PROGRAMS[name]())
     mixed = played(PROGRAMS[name](), lambda queue: data.draw(st.integers(0, len(queue) - 1)))
-    assert {r.id: r for r in straight} == {r.id: r for r in mixed}
+    assert {r.request_id: r for r in straight} == {r.request_id: r for r in mixed}
     assert PROGRAMS[name]().name == name
-    assert len({r.id for r in straight}) == len(straight)
+    assert len({r.request_id for r in straight}) == len(straight)
 
 
 @pytest.mark.theorem(
@@ -91,17 +93,17 @@ def test_shared_prefixes_have_their_closed_form():
 def test_a_tree_has_all_its_nodes_and_the_answers_stand_in_the_prompts():
     served = played(PROGRAMS["tree of thought"]())
     assert len(served) == 2 * (2 + 4 + 8)
-    by_id = {r.id: r for r in served}
+    by_id = {r.request_id: r for r in served}
     for path, request in by_id.items():
         if len(path) > 2:
             above = by_id[path[:-1]]
             assert list(request.prompt[: len(above.prompt)]) == list(above.prompt)
-            answered = [sum(above.id) + i for i in range(24)]
+            answered = [sum(above.request_id) + i for i in range(24)]
             assert list(request.prompt[len(above.prompt) :][:24]) == answered
 
 
 def test_a_conversation_repeats_its_earlier_turns():
-    by_id = {r.id: r for r in played(PROGRAMS["chat"]())}
+    by_id = {r.request_id: r for r in played(PROGRAMS["chat"]())}
     assert len(by_id) == 12
     first = by_id[0, 0]
     second = by_id[0, 1]
@@ -177,11 +179,13 @@ def test_a_shuffled_program_has_the_same_requests():
     program = PROGRAMS["RAG"]()
     other = shuffled(program, np.random.default_rng(0))
     assert other.requests != program.requests
-    assert sorted(r.id for r in other.requests) == sorted(r.id for r in program.requests)
+    assert sorted(r.request_id for r in other.requests) == sorted(
+        r.request_id for r in program.requests
+    )
 
 
 def test_a_request_of_another_program_is_rejected():
     with pytest.raises(ValueError, match="not a request of this program"):
-        PROGRAMS["chat"]().follow(programs.Request([1], id="x"), [2])
+        PROGRAMS["chat"]().follow(programs.Request([1], request_id="x"), [2])
     with pytest.raises(ValueError, match="need a text"):
         Passages([])

@@ -89,7 +89,7 @@ def runs(draw, kinds=KINDS):
             Request(
                 prompt,
                 output,
-                id=i,
+                request_id=i,
                 n=sequences,
                 arrival=arrival,
                 priority=priority,
@@ -139,7 +139,7 @@ def test_jumps_change_nothing(case):
 def test_no_jump_where_a_prefix_that_was_just_computed_admits_a_request(kind):
     # the second one needs four of the three blocks that are left, until it finds some
     head = list(range(1, 13))
-    asked = [Request([*head, 50 + i], 9, id=i) for i in range(2)]
+    asked = [Request([*head, 50 + i], 9, request_id=i) for i in range(2)]
     plain, jumped = (
         Simulator(scheduler(kind, 7, 4, 40, None, True), Whole(), jumps=j).run(asked)
         for j in (0, 1)
@@ -151,7 +151,7 @@ def test_no_jump_where_a_prefix_that_was_just_computed_admits_a_request(kind):
 
 def test_no_jump_right_after_a_preemption():
     # it comes back in chunks, at once
-    asked = [Request(range(50 * i, 50 * i + 4), 8, id=i) for i in range(2)]
+    asked = [Request(range(50 * i, 50 * i + 4), 8, request_id=i) for i in range(2)]
     plain, jumped = (
         Simulator(scheduler("paged", 8, 2, 4, None, True), Whole(), jumps=j).run(asked)
         for j in (0, 1)
@@ -164,7 +164,7 @@ def test_no_jump_right_after_a_preemption():
 def test_no_jump_where_only_the_budget_keeps_requests_out(budget, chunked):
     # The budget, and nothing else, keeps the later ones out: all of it is used, or a whole
     # prompt does not fit
-    asked = [Request(range(50 * i, 50 * i + 4), 9, id=i) for i in range(14)]
+    asked = [Request(range(50 * i, 50 * i + 4), 9, request_id=i) for i in range(14)]
     plain, jumped = (
         Simulator(scheduler("paged", 140, 2, budget, None, chunked), Whole(), jumps=j).run(asked)
         for j in (False, True)
@@ -201,7 +201,7 @@ def test_a_jump_ends_only_where_memory_or_a_request_does():
     assert jumped(40, Request([1, 2], 2)) == [(1, 1), (1, 1)]
     # both begin with a block of two tokens, and get a token each per step from then on; five
     # blocks last for four tokens each, then one is preempted
-    both = [Request([1, 2], 8, id="a"), Request([3, 4], 8, id="b")]
+    both = [Request([1, 2], 8, request_id="a"), Request([3, 4], 8, request_id="b")]
     assert jumped(5, *both)[:3] == [(1, 2), (2, 2), (1, 1)]
     assert jumped(9, *both)[:2] == [(1, 2), (6, 2)]
     # where prefixes are kept, a waiting request may find one, unless a step only decoded
@@ -216,10 +216,10 @@ def test_all_requests_are_served_in_full_and_memory_is_empty(case):
     s = make()
     run = Simulator(s, Whole()).run(asked)
     lines = run.recorder.timelines
-    assert {name for name, _ in lines} == {r.id for r in asked}
+    assert {name for name, _ in lines} == {r.request_id for r in asked}
     for request in asked:
         for index in range(request.n if request.max_tokens else 1):
-            line = lines[request.id, index]
+            line = lines[request.request_id, index]
             assert line.completed
             assert line.tokens == len(line.times) == request.max_tokens
             assert all(a <= b for a, b in pairwise([line.sent, *line.times]))
@@ -250,7 +250,7 @@ def test_a_request_alone_takes_the_steps_of_its_chunks_and_its_tokens(prompt, ou
 def test_a_static_batch_runs_as_long_as_its_longest_member(lengths, batch):
     s = StaticBatching(PaddedKVManager(1000), max_sequences=batch)
     run = Simulator(s, UnitClock()).run(
-        [Request(range(p), o, id=i) for i, (p, o) in enumerate(lengths)]
+        [Request(range(p), o, request_id=i) for i, (p, o) in enumerate(lengths)]
     )
     outputs = [[o for _, o in lengths[i : i + batch]] for i in range(0, len(lengths), batch)]
     assert run.all.steps == sum(map(max, outputs))
@@ -277,7 +277,7 @@ def test_swapping_computes_nothing_twice(case):
 
 
 def test_swapping_moves_where_recomputing_computes():
-    asked = [Request(range(100 * i, 100 * i + 8), 20, id=i) for i in range(4)]
+    asked = [Request(range(100 * i, 100 * i + 8), 20, request_id=i) for i in range(4)]
     runs = {
         kind: Simulator(scheduler(kind, 10, 4, None, None, True), Whole()).run(asked)
         for kind in ("paged", "swapping")
@@ -333,7 +333,7 @@ def test_totals_are_the_sums_over_steps():
 
 def test_a_jump_counts_what_is_allocated_for_each_of_its_steps():
     taken = []
-    asked = [Request(range(5), 9, id=i) for i in range(2)]
+    asked = [Request(range(5), 9, request_id=i) for i in range(2)]
     run = Simulator(
         scheduler("paged", 60, 8, None, None, True), UnitClock(), on_step=taken.append
     ).run(asked)
@@ -347,23 +347,27 @@ def test_a_request_that_arrives_as_a_step_ends_is_in_the_next(jumps):
         run = Simulator(scheduler("paged", 60, 8, None, None, True), UnitClock(), jumps=jumps).run(
             asked
         )
-        return [run.recorder.timelines[request.id, 0].times[0] for request in asked]
+        return [run.recorder.timelines[request.request_id, 0].times[0] for request in asked]
 
-    long = Request(range(3), 10, id="long")
-    assert first_tokens(long, Request([1], 2, id="late", arrival=4.0)) == [1.0, 5.0]
-    assert first_tokens(long, Request([1], 2, id="late", arrival=4.5)) == [1.0, 6.0]
-    assert first_tokens(Request([1], 1, id="short"), Request([1], 1, id="late", arrival=0.5)) == [
+    long = Request(range(3), 10, request_id="long")
+    assert first_tokens(long, Request([1], 2, request_id="late", arrival=4.0)) == [1.0, 5.0]
+    assert first_tokens(long, Request([1], 2, request_id="late", arrival=4.5)) == [1.0, 6.0]
+    assert first_tokens(
+        Request([1], 1, request_id="short"), Request([1], 1, request_id="late", arrival=0.5)
+    ) == [
         1.0,
         2.0,
     ]
-    assert first_tokens(Request([1], 1, id="short"), Request([1], 1, id="idle", arrival=7.5)) == [
+    assert first_tokens(
+        Request([1], 1, request_id="short"), Request([1], 1, request_id="idle", arrival=7.5)
+    ) == [
         1.0,
         8.5,
     ]
 
 
 def test_every_sequence_generates_a_token_of_its_own_that_is_in_no_prompt():
-    asked = [Request([order * 4096, 5, 6], 3, id=order, n=2) for order in range(3)]
+    asked = [Request([order * 4096, 5, 6], 3, request_id=order, n=2) for order in range(3)]
     s = scheduler("radix", 60, 1, None, None, True)
     run = Simulator(s, UnitClock()).run(asked)
     outputs = [tuple(output) for output in run.tokens.values()]
@@ -376,10 +380,12 @@ def test_every_sequence_generates_a_token_of_its_own_that_is_in_no_prompt():
 
 
 def test_a_follow_up_is_sent_when_its_answer_has_arrived():
-    asked = Request([1], 4, id="question", arrival=2.0)
-    more = {"question": [Request([2], 1, id="follow-up")], "follow-up": []}
+    asked = Request([1], 4, request_id="question", arrival=2.0)
+    more = {"question": [Request([2], 1, request_id="follow-up")], "follow-up": []}
     simulator = Simulator(scheduler("paged", 60, 8, None, None, True), UnitClock())
-    lines = simulator.run([asked], lambda request, answer: more[request.id]).recorder.timelines
+    lines = simulator.run(
+        [asked], lambda request, answer: more[request.request_id]
+    ).recorder.timelines
     assert (lines["question", 0].sent, lines["question", 0].times) == (2.0, [3.0, 4.0, 5.0, 6.0])
     assert (lines["follow-up", 0].sent, lines["follow-up", 0].ttft) == (6.0, 1.0)
 
@@ -389,7 +395,7 @@ def test_every_block_that_is_moved_is_charged_once():
         def move(self, tokens, blocks):
             return float(tokens + 1000 * blocks)
 
-    asked = [Request(range(100 * i, 100 * i + 8), 20, id=i) for i in range(4)]
+    asked = [Request(range(100 * i, 100 * i + 8), 20, request_id=i) for i in range(4)]
     run = Simulator(scheduler("swapping", 10, 4, None, None, True), Moving()).run(asked)
     assert run.moved.blocks > 0
     assert run.duration == run.all.steps + run.moved.tokens + 1000 * run.moved.blocks
@@ -398,6 +404,6 @@ def test_every_block_that_is_moved_is_charged_once():
 def test_requests_that_cannot_be_served_are_rejected_by_name():
     simulator = Simulator(scheduler("paged", 2, 4, None, None, True), UnitClock())
     with pytest.raises(ValueError, match="request 'long' needs"):
-        simulator.run([Request(range(20), 4, id="long")])
+        simulator.run([Request(range(20), 4, request_id="long")])
     with pytest.raises(ValueError, match="beams depend on a model"):
-        simulator.run([Request(range(2), 2, id="beam", n=2, beam=True)])
+        simulator.run([Request(range(2), 2, request_id="beam", n=2, beam=True)])

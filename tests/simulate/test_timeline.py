@@ -82,7 +82,7 @@ def test_a_node_is_traced_with_its_hits_and_its_last_use():
 
 
 def test_the_columns_of_a_trace_are_those_of_its_steps():
-    asked = [programs.Request(range(100 * i, 100 * i + 8), 20, id=i) for i in range(4)]
+    asked = [programs.Request(range(100 * i, 100 * i + 8), 20, request_id=i) for i in range(4)]
     scheduler, trace, taken, run = traced(None, asked, blocks=10)
     columns = trace.occupancy()
     assert columns["time"] == [step.end for step in taken] == trace.blocks()["times"]
@@ -99,7 +99,7 @@ def test_the_columns_of_a_trace_are_those_of_its_steps():
 def test_block_tables_are_traced_for_as_many_steps_as_were_asked_for(blocks):
     scheduler = factory.make("fcfs", BlockPool(8, 4))
     trace = Trace(scheduler, blocks=blocks) if blocks else Trace(scheduler)
-    request = programs.Request(range(6), 5, id="a")
+    request = programs.Request(range(6), 5, request_id="a")
     Simulator(scheduler, UnitClock(), jumps=False, on_step=trace).run([request])
     assert len(trace.owners) == len(trace.times) == blocks
     assert len(trace.steps["time"]) == 5

@@ -185,7 +185,7 @@ def test_requests_depend_on_their_generator_alone():
 
     assert make(1) == make(1) != make(2)
     mine = make(1)
-    assert [r.id for r in mine] == list(range(20))
+    assert [r.request_id for r in mine] == list(range(20))
     assert all(a.arrival < b.arrival for a, b in pairwise(mine))
     assert all(len(r.prompt) + r.max_tokens <= 512 and r.ignore_eos for r in mine)
 
