@@ -42,12 +42,13 @@ class Rule(NamedTuple):
 
     allowed: Callable[[float], bool]
     words: str
+    integer: bool = False
 
 
 # The only place that says what is allowed, for single parameters and for lists of them.
 RULES = {
     "temperature": Rule(lambda x: 0 <= x < math.inf, "0 (greedy) or finite and above"),
-    "top_k": Rule(lambda x: 0 <= x == x // 1, "0 (off) or a positive integer"),
+    "top_k": Rule(lambda x: 0 <= x == x // 1, "0 (off) or a positive integer", integer=True),
     "top_p": Rule(lambda x: 0 < x <= 1, "within (0, 1]"),
     "min_p": Rule(lambda x: 0 <= x <= 1, "within [0, 1]"),
     "repetition_penalty": Rule(lambda x: 0 < x < math.inf, "finite and above 0"),
@@ -56,16 +57,30 @@ RULES = {
 }
 
 
-def _check(name: str, value: object, where: str = "") -> None:
-    """ValueError unless a parameter may have this value."""
+def _check(name: str, value: object, where: str = "") -> float:
+    """A parameter's value as a plain number; ValueError unless it may have this value.
+
+    Any real number is converted here, once: a Fraction, a NumPy scalar or a huge integer that
+    passed this check must not fail in the arithmetic of a step.
+    """
     rule = RULES[name]
     if not _is_number(value):
         raise InputError(f"{name} must be a number, got {value!r}{where}")
-    if not rule.allowed(value):
+    try:
+        number = float(value)
+    except Exception as error:  # an integer beyond all floats; a class of the caller's
+        raise InputError(
+            f"{name} must be {rule.words}: float() of this {type(value).__name__} raised "
+            f"{type(error).__name__}{where}"
+        ) from error
+    if not rule.allowed(number):
         raise InputError(f"{name} must be {rule.words}, got {value}{where}")
+    if rule.integer or isinstance(value, int):
+        return int(value)
+    return number
 
 
-def _is_number(value: object) -> TypeGuard[float]:
+def _is_number(value: object) -> TypeGuard[Real]:
     # float and int come first: asking the abstract class Real takes ten times as long
     return isinstance(value, (float, int, Real)) and not isinstance(value, bool)
 
@@ -92,7 +107,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            _check(name, value)
+            object.__setattr__(self, name, _check(name, value))
 
 
 GREEDY = SamplingParams()
@@ -181,16 +196,17 @@ def _checked(name: str, value: Parameter, logits: Array) -> list[float]:
     """The value or values of a parameter as a list; ValueError names one outside its range."""
     # NumPy's arrays and scalars
     values: Operand = value.tolist() if hasattr(value, "tolist") else value
-    if isinstance(values, (int, float)):
+    if isinstance(values, (int, float, Real)):
         values = [values]
     elif logits.ndim != 2 or len(values) != logits.shape[0]:
         raise InputError(
             f"{name} is a list of {len(values)}: that needs logits[B, V] with B rows, "
             f"got {logits.shape}"
         )
-    for row, x in enumerate(values):
+    return [
         _check(name, x, where=f" in row {row}" if len(values) > 1 else "")
-    return list(values)
+        for row, x in enumerate(values)
+    ]
 
 
 def _placed(values: Sequence[float], logits: Array, dtype: DType) -> Array | float:

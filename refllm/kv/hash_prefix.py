@@ -58,7 +58,8 @@ def sha256_key(parent: Key, tokens: Sequence[int], salt: Hashable) -> Key:
         )
     message = parent + array("q", tokens).tobytes()
     if salt is not None:
-        message += b"\1" + salt.encode()
+        # "surrogatepass": a lone surrogate is a string, too, and UTF-8 alone refuses it
+        message += b"\1" + salt.encode("utf-8", "surrogatepass")
     return sha256(message).digest()
 
 

@@ -10,7 +10,9 @@ for when to stop.
 | n      | beams                                                        | request.n |
 | s      | score of a beam: Σ log p of its output                       | [n]       |
 | c      | candidates s + log p(next), the n (1 + e) best; e end tokens | [n, V]    |
-| −      | score of a hypothesis: s / length ** length_penalty          |           |
+| −      | score of a hypothesis: s / length ** length_penalty, ranked  |           |
+|        | by log(−s) − length_penalty · log(length), which cannot      |           |
+|        | overflow: the smaller, the better                            |           |
 
 A candidate that ends is a hypothesis if it is among the n best; the n best that do not end
 are the beams of the next step. The search is over when n hypotheses are better than the best
@@ -22,6 +24,7 @@ Left out: sampling within beams, diverse groups, constraints, stop strings.
 
 from __future__ import annotations
 
+import math
 from collections import abc
 from typing import NamedTuple
 
@@ -41,6 +44,25 @@ class Hypothesis(NamedTuple):
     finish_reason: str
 
 
+def log_loss(score: float, length: int, length_penalty: float) -> float:
+    """log(−score / length ** length_penalty) for a ``score`` ≤ 0, in any range of either.
+
+    >>> log_loss(-8.0, 4, 1.0) == math.log(2.0)
+    True
+    """
+    if score == 0:
+        return -math.inf
+    return math.log(-score) - length_penalty * math.log(length)
+
+
+def normalised_score(score: float, length: int, length_penalty: float) -> float:
+    """score / length ** length_penalty; where the power overflows, its limit."""
+    try:
+        return score / length**length_penalty
+    except (OverflowError, ZeroDivisionError):
+        return 0.0 if length_penalty > 0 or score == 0 else -math.inf
+
+
 class BeamSearch:
     """The search of one request: the scores of its beams, and the hypotheses found so far.
 
@@ -56,7 +78,7 @@ class BeamSearch:
         self.request = request
         self.end_tokens = end_tokens
         self.scores: dict[int, float] = {0: 0.0}  # index of a beam → Σ log p
-        self.finished: list[Hypothesis] = []
+        self.finished: list[tuple[float, Hypothesis]] = []  # with the log_loss of each
         self._next: list[float] = []  # scores of the next beams, in the order of the outcomes
 
     def advance(self, beams: abc.Sequence[Sequence], z: Array) -> list[Outcome]:
@@ -94,7 +116,8 @@ class BeamSearch:
     @property
     def best(self) -> list[Hypothesis]:
         """At most n hypotheses, the best first."""
-        return sorted(self.finished, key=lambda h: -h.score)[: self.request.n]
+        ranked = sorted(self.finished, key=lambda entry: entry[0])
+        return [hypothesis for _, hypothesis in ranked[: self.request.n]]
 
     def _candidates(self, beams: abc.Sequence[Sequence], z: Array) -> list[tuple[int, int, float]]:
         """The best (row of the beam, token, score) of all beams; at least n of them do not end."""
@@ -112,8 +135,9 @@ class BeamSearch:
         ]
 
     def _add_hypothesis(self, score: float, tokens: list[int], finish_reason: str) -> None:
-        normalised = score / len(tokens) ** self.request.length_penalty
-        self.finished.append(Hypothesis(normalised, tokens, finish_reason))
+        case = score, len(tokens), self.request.length_penalty
+        hypothesis = Hypothesis(normalised_score(*case), tokens, finish_reason)
+        self.finished.append((log_loss(*case), hypothesis))
 
     def _is_settled(self, score: float, length: int) -> bool:
         """Whether no beam can get among the n best any more; the best beam has ``score``
@@ -126,8 +150,8 @@ class BeamSearch:
         divisor_length = length + 1
         if self.request.length_penalty > 0:
             divisor_length = self.request.max_tokens
-        bound: float = score / divisor_length**self.request.length_penalty
-        return self.best[-1].score >= bound
+        bound = log_loss(score, divisor_length, self.request.length_penalty)
+        return sorted(loss for loss, _ in self.finished)[self.request.n - 1] <= bound
 
 
 def advance_searches(

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from enum import Enum
 from math import inf
 from numbers import Integral, Real
-from typing import TypeGuard, Unpack
+from typing import Any, TypeGuard, Unpack
 
 from refllm.decode.sampling_params import (
     GREEDY,
@@ -98,9 +98,9 @@ class Request:
             sampling=GREEDY if sampling is None else sampling,
             seed=seed,
             stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
-            ignore_eos=ignore_eos,
+            ignore_eos=bool(ignore_eos),
             n=n,
-            beam=beam,
+            beam=bool(beam),
             length_penalty=length_penalty,
             priority=priority,
             arrival=arrival,
@@ -127,6 +127,8 @@ class Request:
                 raise InputError(
                     f"request {self.request_id!r}: {name} must be {rule}, got {value!r}"
                 )
+            if name in _PLAIN and value is not None:
+                vars(self)[name] = _PLAIN[name](value)
         if not self.prompt:
             raise InputError(
                 f"request {self.request_id!r}: the prompt is empty: "
@@ -134,7 +136,7 @@ class Request:
             )
         try:
             hash(self.request_id)
-        except TypeError as error:
+        except Exception as error:
             raise InputError(f"a request's id must be hashable, got {self.request_id!r}") from error
 
     @property
@@ -148,7 +150,12 @@ def _is_integer(x: object) -> TypeGuard[int]:
 
 
 def _is_finite(x: object) -> TypeGuard[float]:
-    return not isinstance(x, bool) and isinstance(x, Real) and -inf < float(x) < inf
+    if isinstance(x, bool) or not isinstance(x, Real):
+        return False
+    try:
+        return -inf < float(x) < inf
+    except Exception:  # an integer beyond all floats; a class of the caller's
+        return False
 
 
 def _are_nonempty_strings(x: object) -> bool:
@@ -167,6 +174,19 @@ _RULES: dict[str, tuple[abc.Callable[[object], bool], str]] = {
     "priority": (_is_integer, "an integer, lower first"),
     "arrival": (lambda x: _is_finite(x) and x >= 0, "seconds, 0 or more"),
     "salt": (lambda x: x is None or isinstance(x, str), "None or a string"),
+}
+
+# Fields that become plain Python values once they are checked, so that no number or string of
+# the caller's own class is computed with, compared or hashed within a step.
+_PLAIN: dict[str, abc.Callable[[Any], object]] = {
+    "max_tokens": int,
+    "seed": int,
+    "stop": lambda stops: tuple(str.__str__(stop) for stop in stops),
+    "n": int,
+    "length_penalty": float,
+    "priority": int,
+    "arrival": float,
+    "salt": str.__str__,
 }
 
 

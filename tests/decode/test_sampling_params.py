@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
+from fractions import Fraction
+from numbers import Real
 
 import numpy as np
 import pytest
@@ -54,6 +56,40 @@ def test_what_is_rejected_is_rejected_for_a_request_and_for_a_row(name, value):
         SamplingParams(**{name: value})
     with pytest.raises(ValueError, match=f"^{name} must be .*got [^ ]* in row 1$"):
         as_row(name, value)
+
+
+class Broken(Real):
+    """A number whose conversion fails."""
+
+    def __float__(self) -> float:
+        raise RuntimeError("no")
+
+
+Broken.__abstractmethods__ = frozenset()
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+@pytest.mark.parametrize(
+    "value", [Broken(), 10**400, Fraction(10) ** 400], ids=lambda v: str(type(v))
+)
+def test_a_number_that_no_float_holds_is_rejected_for_a_request_and_for_a_row(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must be "):
+        SamplingParams(**{name: value})
+    with pytest.raises(ValueError, match=f"^{name} must be .* in row 1$"):
+        as_row(name, value)
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "min_p", "repetition_penalty"])
+def test_any_real_number_is_converted_once(name):
+    params = SamplingParams(**{name: Fraction(1, 2)})
+    assert params == SamplingParams(**{name: 0.5})
+    assert type(getattr(params, name)) is float
+    z = np.arange(8.0).reshape(2, 4)
+    if name != "repetition_penalty":
+        expected = process_logits(z, **{name: 0.5})
+        for value in (Fraction(1, 2), [Fraction(1, 2)] * 2):
+            assert (process_logits(z, **{name: value}) == expected).all()
+    assert type(SamplingParams(top_k=np.int64(3)).top_k) is int
 
 
 def test_parameters_are_given_in_one_of_two_ways():

@@ -8,7 +8,7 @@ from collections import Counter
 from typing import Any, ClassVar
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -18,6 +18,7 @@ from refllm.kv.hash_prefix import ROOT, PrefixCache, sha256_key
 
 texts = st.lists(st.integers(0, 1), max_size=9)
 salts = st.sampled_from([None, "tenant"])
+SOME = "a\xff\ud800\udcff"
 
 
 class PrefixMachine(RuleBasedStateMachine):
@@ -210,6 +211,13 @@ def test_tenants_do_not_see_each_other():
     assert len(cache.match([1, 2, 3], salt="a")) == 2
     filled(pool, cache, [1, 2])
     assert cache.match([1, 2, 3], salt="") == []  # an empty salt is a salt
+
+
+@given(one=st.text(SOME, max_size=3), two=st.text(SOME, max_size=3))
+@example(one="\ud800", two="\ud801")
+@example(one="\udcff", two="\xff")
+def test_any_two_strings_are_two_salts_lone_surrogates_included(one, two):
+    assert (sha256_key(ROOT, [1], one) == sha256_key(ROOT, [1], two)) == (one == two)
 
 
 def test_with_a_weak_hash_a_prompt_reads_the_keys_of_another():

@@ -8,7 +8,9 @@ small network are not.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from fractions import Fraction
 from itertools import count
 from typing import Any
 
@@ -18,7 +20,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from refllm.decode.sampling import log_probabilities
-from refllm.serve.beam_search import BeamSearch, Hypothesis
+from refllm.serve.beam_search import BeamSearch, Hypothesis, log_loss, normalised_score
 from refllm.serve.engine import Engine
 from refllm.serve.plan import Plan
 from refllm.serve.request import Request, Sequence
@@ -247,6 +249,46 @@ def test_ends_never_crowd_out_the_beams(ends):
 
     drive(request, frozenset(ends), logits)
     assert sizes == [0, *[1] * 3, *[2] * 3, *[3] * 3]
+
+
+@pytest.mark.theorem(
+    "However large the length penalty, hypotheses are ranked by score / length ** penalty: exact "
+    "arithmetic where floats overflow and underflow",
+    source="serve/beam_search.py",
+)
+@given(
+    hypotheses=st.lists(
+        st.tuples(st.floats(-1e3, 0.0), st.integers(1, 60)), min_size=1, max_size=6
+    ),
+    penalty=st.integers(-400, 400),
+)
+def test_oracle_extreme_length_penalties_rank_as_exact_fractions_do(hypotheses, penalty):
+    exact = [Fraction(score) / Fraction(length) ** penalty for score, length in hypotheses]
+    ranks = [log_loss(score, length, float(penalty)) for score, length in hypotheses]
+    for a, b in itertools.combinations(range(len(exact)), 2):
+        ratio = exact[a] / exact[b] if exact[b] else Fraction(0)
+        if exact[a] and abs(ratio - 1) < Fraction(1, 10**9):
+            continue  # as near as the rounding of a logarithm of this size
+        assert (ranks[a] < ranks[b]) == (exact[a] > exact[b]), (a, b)
+    for (score, length), value in zip(hypotheses, exact, strict=True):
+        found = normalised_score(score, length, float(penalty))
+        if abs(value) < Fraction(1, 10**300):
+            assert abs(found) < 1e-299
+        elif abs(value) > Fraction(10) ** 300:
+            assert found < -1e299
+        else:
+            assert found == pytest.approx(float(value), rel=1e-12)
+
+
+@pytest.mark.parametrize("penalty", [300.0, -300.0, 1e308, -1e308])
+def test_a_search_with_any_finite_length_penalty_ends_and_so_do_its_neighbours(penalty):
+    engine = Engine(served_model(9), num_blocks=60, block_size=2)
+    other = engine.submit(Request([1, 2], 12, ignore_eos=True))
+    name = engine.submit(Request([1], 16, n=2, beam=True, length_penalty=penalty))
+    results = engine.run()
+    assert len(results[name].outputs) == 2
+    assert results[name].error is None
+    assert len(results[other].tokens) == 12
 
 
 # --- in the engine ------------------------------------------------------------------------

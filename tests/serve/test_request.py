@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import FrozenInstanceError, replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -168,3 +169,35 @@ def test_a_sequence_is_behind_by_what_it_has_not_computed():
     sequence.drafts = [8, 9]
     assert (sequence.total, sequence.output, sequence.remaining) == (6, [7], 3)
     assert repr(sequence) == "Sequence('a'.0, 0/6, waiting)"
+
+
+@pytest.mark.parametrize("value", [Fraction(1, 2), np.float32(0.5)])
+@pytest.mark.parametrize("name", ["length_penalty", "arrival"])
+def test_fields_of_a_request_become_plain_numbers(name, value):
+    field = getattr(Request([1], **{name: value}), name)
+    assert type(field) is float
+    assert field == 0.5
+
+
+def test_strings_and_integers_of_other_classes_become_plain_ones():
+    class Text(str):
+        """Its hash fails, and so would every table that it is a key of."""
+
+        def __hash__(self) -> int:
+            raise RuntimeError("no hash")
+
+    request = Request([1], np.int64(3), salt=Text("tenant"), stop=Text("x"), seed=np.uint8(7))
+    assert (request.max_tokens, request.salt, request.stop, request.seed) == (
+        3,
+        "tenant",
+        ("x",),
+        7,
+    )
+    assert {type(v) for v in (request.salt, *request.stop)} == {str}
+    assert type(request.max_tokens) is type(request.seed) is int
+
+
+@pytest.mark.parametrize("name", ["length_penalty", "arrival"])
+def test_a_number_that_no_float_holds_is_rejected(name):
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        Request([1], **{name: 10**400})
