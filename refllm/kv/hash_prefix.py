@@ -58,7 +58,7 @@ def sha256_key(parent: Key, tokens: Sequence[int], salt: Hashable) -> Key:
         )
     message = parent + array("q", tokens).tobytes()
     if salt is not None:
-        # "surrogatepass": a lone surrogate is a string, too, and UTF-8 alone refuses it
+        # "surrogatepass": a lone surrogate is a string, too, and UTF-8 alone cannot encode it
         message += b"\1" + salt.encode("utf-8", "surrogatepass")
     return sha256(message).digest()
 

@@ -34,6 +34,10 @@ from refllm.serve.plan import FAILED, Outcome, SampledTokens
 from refllm.serve.request import Request, Sequence
 
 
+_PLAIN_POWER = 690.0  # e to this power, or its negative, is far within the range of floats
+_LARGEST_POWER = 709.0  # e to this power is still a float
+
+
 class Hypothesis(NamedTuple):
     """A whole output; ``finish_reason`` is ``"stop"`` (its last token is an end token)
     or ``"length"``.
@@ -56,11 +60,11 @@ def log_loss(score: float, length: int, length_penalty: float) -> float:
 
 
 def normalised_score(score: float, length: int, length_penalty: float) -> float:
-    """score / length ** length_penalty; where the power overflows, its limit."""
-    try:
+    """score / length ** length_penalty; -inf where no float is as large."""
+    loss = log_loss(score, length, length_penalty)
+    if abs(length_penalty * math.log(length)) < _PLAIN_POWER:
         return score / length**length_penalty
-    except (OverflowError, ZeroDivisionError):
-        return 0.0 if length_penalty > 0 or score == 0 else -math.inf
+    return -math.exp(loss) if loss < _LARGEST_POWER else -math.inf
 
 
 class BeamSearch:
