@@ -33,7 +33,6 @@ from refllm.decode.sampling import log_probabilities
 from refllm.serve.plan import FAILED, Outcome, SampledTokens
 from refllm.serve.request import Request, Sequence
 
-
 _PLAIN_POWER = 690.0  # e to this power, or its negative, is far within the range of floats
 _LARGEST_POWER = 709.0  # e to this power is still a float
 
