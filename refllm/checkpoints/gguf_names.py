@@ -28,6 +28,7 @@ from dataclasses import astuple
 import numpy as np
 
 from refllm.array_types import Json, JsonView
+from refllm.checkpoints.gguf_special_tokens import begin_and_ends
 from refllm.checkpoints.tensor_files import CheckpointError
 from refllm.model.config import ModelConfig, RopeScaling
 from refllm.model.layers import rope_frequencies
@@ -172,7 +173,7 @@ def config_from_metadata(
     heads = entries.integer("attention.head_count")
     if (scaled := metadata.get(f"{arch}.rope.scaling.type", "none")) != "none":
         raise CheckpointError(f"{where}: RoPE scaling {scaled!r:.40} is not supported")
-    ends = [entries.token(key) for key in ("eos_token_id", "eot_token_id")]
+    begin, ends = begin_and_ends(metadata, where)
     family = arch
     if window and arch == "llama":
         family = "mistral"
@@ -197,8 +198,8 @@ def config_from_metadata(
             qk_norm=arch == "qwen3",
             sliding_window=window if arch == "llama" else None,
             max_position_embeddings=entries.integer("context_length"),
-            bos_token_id=entries.token("bos_token_id"),
-            eos_token_ids=tuple(dict.fromkeys(i for i in ends if i is not None)),
+            bos_token_id=begin,
+            eos_token_ids=ends,
         )
     except (ValueError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{where}: {error}") from error
@@ -238,8 +239,3 @@ class _Entries:
             )
         # the shortest decimal that is this float32: 1e-05, not 9.99999975e-06
         return float(str(value))
-
-    def token(self, key: str) -> int | None:
-        """The token id ``tokenizer.ggml.key``, if there is one."""
-        value = self.metadata.get(f"tokenizer.ggml.{key}")
-        return int(value) if isinstance(value, np.integer) else None

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import cast
 
 import numpy as np
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
@@ -31,28 +30,30 @@ from tokenizers import Regex as _Regex
 from tokenizers import Tokenizer as _Tokenizer
 
 from refllm.array_types import Json, JsonView
+from refllm.checkpoints.gguf_pre_tokenizers import NAMES, PreTokenizer, split
+from refllm.checkpoints.gguf_special_tokens import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    special_tokens,
+    token_list,
+)
 from refllm.checkpoints.tensor_files import CheckpointError
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.model.config import ModelConfig
 
 __all__ = ["tokenizer_from_metadata", "tokenizer_metadata"]
 
-# token types
-NORMAL = 1
-UNKNOWN = 2
-CONTROL = 3
-USER_DEFINED = 4
-UNUSED = 5
-BYTE = 6
 TOKENIZER_JSON = "tokenizer.huggingface.json"
-# Regular expressions of pre-tokenizers by llama.cpp's names; None is GPT-2's, which the
-# ``tokenizers`` library has built in
+
 _END = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-WORDS = {
-    "gpt-2": None,
-    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|" + _END,
-    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|" + _END,
-}
+_START = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+WORDS = {"gpt-2": None, "llama-bpe": _START + r"{1,3}|" + _END, "qwen2": _START + "|" + _END}
+# What to do where a file's own tokenizer is not read
+_OTHER_TOKENIZER = "pass a folder with the model's tokenizer.json (--tokenizer DIR)"
 
 
 # --- writing ------------------------------------------------------------------------------
@@ -184,50 +185,89 @@ def tokenizer_from_metadata(metadata: JsonView, where: str) -> Tokenizer:
 def _rebuilt(metadata: JsonView, where: str) -> Tokenizer:
     """The tokenizer of a file without a tokenizer.json."""
     model = metadata.get("tokenizer.ggml.model")
-    words = metadata.get("tokenizer.ggml.pre", "default")
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    merges = metadata.get("tokenizer.ggml.merges")
-    if not isinstance(tokens, list) or len(set(tokens)) != len(tokens):
-        raise CheckpointError(f"{where}: tokenizer.ggml.tokens is missing, or holds a token twice")
+    tokens = token_list(metadata, where)
     vocab = {token: i for i, token in enumerate(tokens)}
-    if model == "gpt2" and words in WORDS and isinstance(merges, list):
-        inner = _byte_level(vocab, merges, WORDS[words])
+    if model == "gpt2":
+        inner = _byte_level(metadata, vocab, where)
     elif model == "llama":
         inner = _sentencepiece(metadata, tokens, vocab, where)
     else:
         raise CheckpointError(
-            f"{where}: the tokenizer {model!r:.40} with words {words!r:.40} is not supported; "
-            f"supported are 'gpt2' with {', '.join(WORDS)}, and 'llama'"
+            f"{where}: the tokenizer {model!r:.40} is not supported, only 'gpt2' and 'llama' are: "
+            f"{_OTHER_TOKENIZER}"
         )
-    types = metadata.get("tokenizer.ggml.token_type", np.ones(len(tokens), dtype=np.int32))
+    special = special_tokens(metadata, where)
     inner.add_tokens(
         [
             AddedToken(token, special=bool(kind != USER_DEFINED), normalized=False)
-            for token, kind in zip(tokens, types, strict=False)
+            for token, kind in zip(tokens, special.types, strict=True)
             if kind in (CONTROL, USER_DEFINED, UNKNOWN)
         ]
     )
-    begin = metadata.get("tokenizer.ggml.bos_token_id")
-    if begin is not None and metadata.get("tokenizer.ggml.add_bos_token", model == "llama"):
-        first = tokens[int(begin)]
-        inner.post_processor = processors.TemplateProcessing(
-            single=f"{first} $A", special_tokens=[(first, int(begin))]
-        )
+    template = ["$A"]
+    around = []
+    if special.add_bos and special.bos is not None:
+        template.insert(0, "bos")
+        around.append({"id": "bos", "ids": [special.bos], "tokens": [tokens[special.bos]]})
+    if special.add_eos and special.eos is not None:
+        template.append("eos")
+        around.append({"id": "eos", "ids": [special.eos], "tokens": [tokens[special.eos]]})
+    if around:
+        inner.post_processor = processors.TemplateProcessing(single=template, special_tokens=around)
     return Tokenizer(inner)
 
 
-def _byte_level(vocab: dict[str, int], merges: Sequence[str], pattern: str | None) -> _Tokenizer:
-    """Byte-level BPE; ``pattern`` splits text into words, None: as GPT-2 does."""
-    pairs = [cast(tuple[str, str], tuple(pair.split(" ", 1))) for pair in merges]
-    inner = _Tokenizer(models.BPE(vocab=vocab, merges=pairs))
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
-    if pattern is None:
-        inner.pre_tokenizer = level
-    else:
-        split = pre_tokenizers.Split(_Regex(pattern), "isolated")
-        inner.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+def _byte_level(metadata: JsonView, vocab: dict[str, int], where: str) -> _Tokenizer:
+    """Byte-level BPE, with the words that the file names."""
+    words = _words(metadata, where)
+    inner = _Tokenizer(
+        models.BPE(
+            vocab=vocab,
+            merges=_merges(metadata, vocab, where),
+            ignore_merges=words.ignore_merges,
+        )
+    )
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    steps = [*split(words.rule), level]
+    missing = "".join(sorted(set(pre_tokenizers.ByteLevel.alphabet()) - vocab.keys()))
+    if missing:
+        # Bytes without a token are lost. Alone in their pieces they still part their
+        # neighbours, which the library would merge over the gap.
+        gaps = _Regex("[" + "".join(f"\\x{{{ord(byte):04X}}}" for byte in missing) + "]")
+        steps.append(pre_tokenizers.Split(gaps, "isolated"))
+    inner.pre_tokenizer = pre_tokenizers.Sequence(steps)
     inner.decoder = decoders.ByteLevel()
     return inner
+
+
+def _words(metadata: JsonView, where: str) -> PreTokenizer:
+    """What the file's name of a pre-tokenizer means."""
+    name = metadata.get("tokenizer.ggml.pre") or "default"  # as llama.cpp reads no name
+    if not isinstance(name, str) or name not in NAMES:
+        raise CheckpointError(
+            f"{where}: tokenizer.ggml.pre is {name!r:.40}, a way of splitting text into words "
+            f"that refllm does not know: {_OTHER_TOKENIZER}"
+        )
+    return NAMES[name]
+
+
+def _merges(metadata: JsonView, vocab: Mapping[str, int], where: str) -> list[tuple[str, str]]:
+    """The pairs of tokens that are merged, the first ones first."""
+    merges = metadata.get("tokenizer.ggml.merges")
+    if not isinstance(merges, list) or not all(isinstance(pair, str) for pair in merges):
+        raise CheckpointError(f"{where}: tokenizer.ggml.merges is missing, or no list of strings")
+    pairs = []
+    for merge in dict.fromkeys(merges):  # of equal merges the first has the rank
+        left, _, right = merge[1:].partition(" ")  # a token may begin with a space
+        left = merge[:1] + left
+        for token in (left, right, left + right):
+            if token not in vocab:
+                raise CheckpointError(
+                    f"{where}: tokenizer.ggml.merges has {merge!r:.60}, but the vocabulary has no "
+                    f"token {token!r:.60}"
+                )
+        pairs.append((left, right))
+    return pairs
 
 
 def _sentencepiece(

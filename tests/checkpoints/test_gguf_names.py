@@ -117,10 +117,13 @@ def test_tokens_of_the_end():
     assert read(same).eos_token_ids == (5,)
 
 
-@pytest.mark.parametrize("value", [True, np.True_, "5", np.float32(5), [5], np.array([5])])
-def test_a_token_id_of_another_type_is_none(value):
+@pytest.mark.parametrize("value", [True, np.True_, "5", np.float32(5), [5], -1, np.int32(-1)])
+@pytest.mark.parametrize("key", ["bos", "eos", "eot", "eom"])
+def test_a_token_id_of_another_type_is_rejected(value, key):
     """True would be token 1."""
-    assert read({"tokenizer.ggml.eos_token_id": value}).eos_token_ids == ()
+    entry = f"tokenizer.ggml.{key}_token_id"
+    with pytest.raises(CheckpointError, match=f"the entry {entry} is .*, not a token id"):
+        read({entry: value})
 
 
 def test_a_scaling_without_its_factors_is_not_the_networks():

@@ -193,18 +193,22 @@ def test_control_and_user_defined_tokens_are_parsed_as_their_types_say():
     assert special == {"<unk>", "<s>", "</s>", "<c>"}
 
 
-@pytest.mark.parametrize("more", [-3, -1, 0, 1, 5])
-def test_types_for_fewer_or_more_tokens_than_there_are(more):
-    """What is missing is normal, what is too many is ignored, as llama.cpp reads it."""
+@pytest.mark.parametrize("more", [-3, -1, 1, 5])
+def test_types_for_fewer_or_more_tokens_than_there_are_are_rejected(more):
     entries = sentencepiece({"ab": 0.0})
     types = entries["tokenizer.ggml.token_type"]
     count = len(types) + more
-    entries["tokenizer.ggml.token_type"] = np.resize(types, count)
-    tokenizer = tokenizer_from_metadata(entries, "x")
-    assert tokenizer.vocab_size == len(entries["tokenizer.ggml.tokens"])
-    assert spelled(tokenizer, "ab") == ["ab"]
+    with pytest.raises(CheckpointError, match=f"has {count} entries for {len(types)} tokens"):
+        tokenizer_from_metadata(
+            entries | {"tokenizer.ggml.token_type": np.resize(types, count)}, "x"
+        )
+
+
+def test_tokens_without_types_are_normal():
+    entries = sentencepiece({"ab": 0.0})
     del entries["tokenizer.ggml.token_type"]
-    assert tokenizer_from_metadata(entries, "x").encode("ab") == tokenizer.encode("ab")
+    tokenizer = tokenizer_from_metadata(entries, "x")
+    assert spelled(tokenizer, "ab") == ["ab"]
 
 
 # --- the beginning of a text --------------------------------------------------------------
@@ -213,14 +217,14 @@ def test_types_for_fewer_or_more_tokens_than_there_are(more):
 @pytest.mark.parametrize(
     ("entries", "first"),
     [
-        ({}, []),  # no such token
+        ({}, [1]),  # SentencePiece's default
         ({"tokenizer.ggml.bos_token_id": np.uint32(1)}, [1]),  # Llama's files need not say it
         ({"tokenizer.ggml.bos_token_id": np.uint32(0)}, [0]),
         (
             {"tokenizer.ggml.bos_token_id": np.uint32(1), "tokenizer.ggml.add_bos_token": False},
             [],
         ),
-        ({"tokenizer.ggml.add_bos_token": True}, []),
+        ({"tokenizer.ggml.add_bos_token": True}, [1]),
     ],
 )
 def test_the_beginning_token_of_a_llama(entries, first):
@@ -321,5 +325,5 @@ def test_the_files_own_json_wins_over_its_other_entries():
     written = tokenizer_metadata(byte_tokenizer(), tiny_config())
     spoiled = written | {"tokenizer.ggml.tokens": ["a", "a"]}
     assert tokenizer_from_metadata(spoiled, "x").inner.to_str() == byte_tokenizer().inner.to_str()
-    with pytest.raises(CheckpointError, match="holds a token twice"):
+    with pytest.raises(CheckpointError, match="holds the token 'a' twice, as ids 0 and 1"):
         tokenizer_from_metadata(spoiled | {TOKENIZER_JSON: np.uint32(1)}, "x")
