@@ -23,7 +23,7 @@ import numpy as np
 
 from refllm.backend import NUMPY, Array, asarray_like, finite_argmax, namespace, to_numpy
 from refllm.decode.fast.captured_step import make_decode_step
-from refllm.decode.penalties import apply_repetition_penalty
+from refllm.decode.logits_processors import LogitsProcessors, Row, process_rows
 from refllm.decode.sampling import distribution, sample
 from refllm.decode.sampling_params import SamplingParams
 from refllm.errors import InputError
@@ -45,13 +45,15 @@ def generate_tokens(
     sampling: SamplingParams,
     rng: np.random.Generator,
     policy: CachePolicy | None = None,
+    processors: LogitsProcessors | None = None,
 ) -> Iterator[list[int]]:
     """Yield ``max_tokens`` times the next token of each of the B prompts, as Python ints.
 
     The caller decides when a sequence has ended. A greedy step moves the tokens and their
     positions to the device and the chosen tokens back, and nothing else; sampling also
     moves its uniforms and checks. A cache ``policy`` keeps less than everything, which
-    changes the output.
+    changes the output. ``processors`` are those of ``sampling``, unless they have end tokens
+    to mask.
 
     Raises
     ------
@@ -66,9 +68,9 @@ def generate_tokens(
     like = weights["norm"]
     capacity = max(len(p) for p in prompts) + max_tokens
     cache = policy.new_cache(config, len(prompts), capacity, like=like, rng=rng)
-    seen = None
-    if sampling.repetition_penalty != 1:
-        seen = _SeenTokens(prompts, config.vocab_size, like)
+    processors = processors or LogitsProcessors(sampling)
+    processors.check_vocabulary(config.vocab_size)
+    outputs: list[list[int]] = [[] for _ in prompts]
     decode_step = make_decode_step(weights, config)
     counts = [1] * len(prompts)  # new tokens per sequence in a decode step
     tokens: list[int] = []
@@ -78,11 +80,12 @@ def generate_tokens(
             cache.advance(counts)
         else:
             z = logits(weights, prefill(weights, config, prompts, cache))  # [B, V]
-        if seen is not None:
-            z = apply_repetition_penalty(z, seen.mask, sampling.repetition_penalty)
+        if processors.active:
+            rows = [Row(processors, p, o) for p, o in zip(prompts, outputs, strict=True)]
+            z = process_rows(z, rows)
         tokens = choose_tokens(z, sampling, rng)
-        if seen is not None:
-            seen.add(tokens)
+        for output, token in zip(outputs, tokens, strict=True):
+            output.append(token)
         yield tokens
 
 
@@ -171,21 +174,6 @@ def choose_tokens(z: Array, sampling: SamplingParams, rng: np.random.Generator) 
             "NaN, +inf or nothing but -inf"
         )
     return ids
-
-
-class _SeenTokens:
-    """Which tokens occur in each sequence so far: mask[B, V]."""
-
-    def __init__(self, prompts: Sequence[Sequence[int]], vocab: int, like: Array):
-        host = np.zeros((len(prompts), vocab), dtype=bool)
-        for row, prompt in zip(host, prompts, strict=True):
-            row[list(prompt)] = True
-        self.mask = asarray_like(host, like)
-        self.rows = asarray_like(np.arange(len(prompts)), like)
-
-    def add(self, tokens: list[int]) -> None:
-        """Note one new token per sequence."""
-        self.mask[self.rows, asarray_like(tokens, self.mask, "int64")] = True
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], max_tokens: int, config: ModelConfig) -> None:

@@ -23,9 +23,9 @@ distribution, which is all that a drafter and ``decode.sampling`` need to know.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from numbers import Real
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import NamedTuple, TypedDict, TypeGuard
 
 from refllm.backend import Array, DType, Operand, namespace
@@ -54,6 +54,8 @@ RULES = {
     "repetition_penalty": Rule(lambda x: 0 < x < math.inf, "finite and above 0"),
     "presence": Rule(math.isfinite, "finite"),
     "frequency": Rule(math.isfinite, "finite"),
+    "presence_penalty": Rule(math.isfinite, "finite"),
+    "frequency_penalty": Rule(math.isfinite, "finite"),
 }
 
 
@@ -89,11 +91,12 @@ def _is_number(value: object) -> TypeGuard[Real]:
 class SamplingParams:
     """How the next token of one request is chosen; the defaults are greedy.
 
-    See ``decode.sampling.process_logits`` for the meaning of each. ValueError names a
-    parameter that is no number, or outside its range.
+    See ``decode.sampling.process_logits`` for the meaning of the first four, and
+    ``decode.logits_processors`` for that of the others. ValueError names a parameter that is
+    no number, or outside its range.
 
-    >>> SamplingParams(temperature=0.8, top_p=0.9)
-    SamplingParams(temperature=0.8, top_k=0, top_p=0.9, min_p=0.0, repetition_penalty=1.0)
+    >>> SamplingParams(temperature=0.8, top_p=0.9) == SamplingParams(0.8, 0, 0.9)
+    True
     >>> SamplingParams(top_p=1.5)
     Traceback (most recent call last):
     refllm.errors.InputError: top_p must be within (0, 1], got 1.5
@@ -104,10 +107,22 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = field(default=None, repr=False, hash=False)
+    bad_words: Sequence[str | Sequence[int]] = field(default=(), repr=False)
+    logits_processors: Sequence[Callable[..., Array]] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            object.__setattr__(self, name, _check(name, value))
+            if name in RULES:
+                object.__setattr__(self, name, _check(name, value))
+        # copies, past the frozen record's __setattr__
+        vars(self).update(
+            logit_bias=_checked_bias(self.logit_bias),
+            bad_words=_checked_words(self.bad_words),
+            logits_processors=_checked_functions(self.logits_processors),
+        )
 
 
 GREEDY = SamplingParams()
@@ -121,6 +136,51 @@ class SamplingOptions(TypedDict, total=False):
     top_p: float
     min_p: float
     repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float] | None
+    bad_words: Sequence[str | Sequence[int]]
+    logits_processors: Sequence[Callable[..., Array]]
+
+
+def _checked_bias(bias: Mapping[int, float] | None) -> dict[int, float] | None:
+    """Token id → a finite number, as a copy; ValueError for anything else."""
+    if bias is None:
+        return None
+    if not isinstance(bias, Mapping):
+        raise InputError(f"logit_bias must map token ids to numbers, got {bias!r}")
+    for token, value in bias.items():
+        if not _is_token(token) or not _is_number(value) or not math.isfinite(value):
+            raise InputError(
+                "logit_bias must map token ids, 0 or more, to finite numbers, "
+                f"got {token!r}: {value!r}"
+            )
+    return {int(token): float(value) for token, value in bias.items()}
+
+
+def _checked_words(words: Sequence[str | Sequence[int]]) -> tuple[str | tuple[int, ...], ...]:
+    """Bad words as text or as tuples of ids; ValueError for an empty one."""
+    if isinstance(words, str) or not isinstance(words, Sequence):
+        raise InputError(f"bad_words must be a list of words, got {words!r}")
+    for word in words:
+        is_ids = isinstance(word, Sequence) and all(_is_token(token) for token in word)
+        if not word or not (isinstance(word, str) or is_ids):
+            raise InputError(
+                "bad_words must be words, or lists of token ids, that are not empty, "
+                f"got {word!r}"
+            )
+    return tuple(w if isinstance(w, str) else tuple(int(t) for t in w) for w in words)
+
+
+def _checked_functions(functions: Sequence[Callable[..., Array]]) -> tuple[Callable[..., Array], ...]:
+    """Logits processors as a tuple; ValueError for what cannot be called."""
+    if not isinstance(functions, Sequence) or not all(callable(f) for f in functions):
+        raise InputError(f"logits_processors must be a list of functions, got {functions!r}")
+    return tuple(functions)
+
+
+def _is_token(x: object) -> TypeGuard[int]:
+    return isinstance(x, Integral) and not isinstance(x, bool) and x >= 0
 
 
 def sampling_params(sampling: SamplingParams | None, shorthand: SamplingOptions) -> SamplingParams:

@@ -21,8 +21,8 @@ same* tokens as decoding without drafts. Drafts that come with the q they were s
 are verified by ``decode.speculative.verification.verify`` with the sequence's own generator:
 the same distribution, other tokens.
 
-Left out: overlapping a step with the planning of the next one, CUDA graphs, penalties on
-counts (``decode.penalties.apply_count_penalties``), grammars (a mask on z).
+Left out: overlapping a step with the planning of the next one, CUDA graphs, grammars (a mask
+on z).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import numpy as np
 from refllm.backend import Array, asarray_like, finite_argmax, to_numpy
 from refllm.decode import sampling
 from refllm.decode.fast.captured_step import make_decode_step
-from refllm.decode.penalties import apply_repetition_penalty
+from refllm.decode.logits_processors import LogitsProcessors, Row, process_rows
 from refllm.decode.sampling_params import SamplingParams
 from refllm.decode.speculative.interface import ModelLike
 from refllm.decode.speculative.verification import verify
@@ -134,7 +134,9 @@ class SamplingInput:
     states: list[SequenceState]
     rows: slice  # of z
     q: Array | None = None  # q[drafts, V], if its drafts were sampled
+    processors: LogitsProcessors | None = None  # None: they change nothing
     best: abc.Sequence[int] = ()  # argmax of each row, once sampled
+    error: str | None = None  # what one of its own processors raised
 
     @property
     def request(self) -> Request:
@@ -168,16 +170,17 @@ def sample_outcomes(
     row = 0
     for sequence, item in zip(sequences, plan.items, strict=True):
         if item.samples:
-            states = requests[sequence.request.request_id].continuation_states(sequence)
+            state = requests[sequence.request.request_id]
+            states = state.continuation_states(sequence)
             rows = slice(row, row + item.samples)
             q = draft_q.get(sequence.key) if sequence.drafts else None
-            inputs.append(SamplingInput(sequence, states, rows, q))
+            inputs.append(SamplingInput(sequence, states, rows, q, state.processors))
             row += item.samples
-    z = apply_penalties(z, inputs)
+    z = process_inputs(z, inputs)
     outcomes: list[Outcome] = []
     for one, continuations in zip(inputs, sample_tokens(z, inputs), strict=True):
         if continuations is None:
-            message = "the logits have no largest one: NaN, +inf or nothing but -inf"
+            message = one.error or "the logits have no largest one: NaN, +inf or nothing but -inf"
             requests[one.request.request_id].output.error = message
             outcomes.append(FAILED)
             continue
@@ -195,35 +198,40 @@ def sample_outcomes(
     return outcomes
 
 
-def apply_penalties(z: Array, inputs: abc.Sequence[SamplingInput]) -> Array:
-    """z[R, V] with each request's repetition penalty; row i of a sequence has seen its first
-    i drafts, too.
+def process_inputs(z: Array, inputs: abc.Sequence[SamplingInput]) -> Array:
+    """z[R, V] after each request's logits processors; row i of a sequence follows its first i
+    drafts, too. An input gets the ``error`` that a processor of its own raised.
     """
-    if all(one.params.repetition_penalty == 1 for one in inputs):
+    if all(one.processors is None for one in inputs):
         return z
-    seen = np.zeros(z.shape, dtype=bool)  # [R, V]
-    penalties = [1.0] * z.shape[0]
+    rows: list[Row | None] = []
+    owners: list[SamplingInput] = []  # of each row
     for one in inputs:
-        theta = one.params.repetition_penalty
-        if theta == 1:
+        owners += [one] * one.num_rows
+        if one.processors is None:
+            rows += [None] * one.num_rows
             continue
+        output = one.sequence.output
         for i in range(one.num_rows):
-            row = one.rows.start + i
-            seen[row, [*one.sequence.tokens, *one.sequence.drafts[:i]]] = True
-            penalties[row] = theta
-    return apply_repetition_penalty(z, asarray_like(seen, z), penalties)
+            follows = [*output, *one.sequence.drafts[:i]]
+            rows.append(Row(one.processors, one.request.prompt, follows))
+
+    def fail(row: int, error: Exception) -> None:
+        owners[row].error = f"a logits processor raised {type(error).__name__}: {error}"
+
+    return process_rows(z, rows, fail)
 
 
 def sample_tokens(z: Array, inputs: abc.Sequence[SamplingInput]) -> list[list[list[int]] | None]:
-    """z[R, V], after penalties → for each input the next tokens of each continuation; None
-    if a row of its logits has no largest one.
+    """z[R, V], after the logits processors → for each input the next tokens of each
+    continuation; None if it has an ``error``, or a row of its logits no largest one.
     """
     best = finite_argmax(z)
     sampled: list[list[list[int]] | None] = [None] * len(inputs)
     drawn: list[int] = []  # inputs with a temperature
     for i, one in enumerate(inputs):
         one.best = best[one.rows]
-        if min(one.best) < 0:
+        if one.error is not None or min(one.best) < 0:
             continue
         if one.params.temperature:
             drawn.append(i)

@@ -19,6 +19,7 @@ from collections import abc
 
 import numpy as np
 
+from refllm.decode.logits_processors import LogitsProcessors, with_token_ids
 from refllm.decode.speculative.interface import Drafter, ModelLike
 from refllm.errors import InputError
 from refllm.model.config import ModelConfig
@@ -129,6 +130,9 @@ class RequestState:
         self.end_tokens: frozenset[int] = frozenset()
         if not request.ignore_eos:
             self.end_tokens = frozenset(model.config.eos_token_ids)
+        processors = LogitsProcessors(with_token_ids(request.sampling, model.tokenizer))
+        processors.check_vocabulary(model.config.vocab_size)
+        self.processors = processors if processors.active else None
         self.search = BeamSearch(request, self.end_tokens) if request.beam else None
         self.output = RequestOutput(request)
         self._make_drafter = make_drafter

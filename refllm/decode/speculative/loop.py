@@ -27,10 +27,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refllm.backend import Array, asarray_like, finite_argmax, namespace, to_numpy
+from refllm.backend import Array, finite_argmax, namespace, to_numpy
 from refllm.decode.fast.captured_step import make_decode_step
 from refllm.decode.generate import check_prompts, checked_policy, choose_tokens, prefill
-from refllm.decode.penalties import apply_repetition_penalty
+from refllm.decode.logits_processors import LogitsProcessors, Row, process_rows
 from refllm.decode.sampling import distribution
 from refllm.decode.sampling_params import SamplingParams
 from refllm.decode.speculative.interface import NO_DRAFTS, Drafter, Proposal, TreeProposal
@@ -74,6 +74,7 @@ def speculate(
     drafter: Drafter,
     rule: AcceptanceRule = verify,
     policy: CachePolicy | None = None,
+    processors: LogitsProcessors | None = None,
 ) -> Iterator[SpeculativeStep]:
     """Yield steps of ``max_tokens`` tokens in all; the first is the prefill's, without drafts.
 
@@ -95,7 +96,9 @@ def speculate(
     tokens = [int(t) for t in prompt]
     decode_step = make_decode_step(weights, config)
     z = logits(weights, prefill(weights, config, [tokens], cache))  # [1, V]
-    z = penalized_logits(z, tokens, [], sampling.repetition_penalty)
+    processors = processors or LogitsProcessors(sampling)
+    processors.check_vocabulary(config.vocab_size)
+    z = processed_logits(z, processors, tokens, len(prompt))
     step = SpeculativeStep([], 0, choose_tokens(z, sampling, rng)[0])
     while True:
         yield step
@@ -112,12 +115,16 @@ def speculate(
             tree = proposal.tree
             positions = tree.positions(cache.lengths[0])
             z = decode_step(new, positions, cache.view_tree(0, tree))  # [m+1, V]
-            step, path = verify_tree_proposal(z, tokens, proposal, sampling, rng)
+            step, path = verify_tree_proposal(
+                z, tokens, proposal, sampling, rng, processors, len(prompt)
+            )
             cache.advance_path(0, path)
         else:
             positions = cache.positions([len(new)])
             z = decode_step(new, positions, cache.view([len(new)]))  # [γ+1, V]
-            step, best = verify_proposal(z, tokens, proposal, sampling, rng, rule)
+            step, best = verify_proposal(
+                z, tokens, proposal, sampling, rng, rule, processors, len(prompt)
+            )
             drafter.observe(best, step.accepted)
             cache.advance([step.accepted + 1])
 
@@ -129,12 +136,16 @@ def verify_proposal(
     sampling: SamplingParams,
     rng: np.random.Generator,
     rule: AcceptanceRule = verify,
+    processors: LogitsProcessors | None = None,
+    prompt_length: int = 0,
 ) -> tuple[SpeculativeStep, list[int]]:
     """Verify a proposal after ``tokens`` by its logits z[γ+1, V] → the step, and the
-    target's argmax at each position.
+    target's argmax at each position. The first ``prompt_length`` of the tokens are the prompt;
+    ``processors`` default to those of ``sampling``.
     """
     drafts = proposal.tokens
-    z = penalized_logits(z, tokens, drafts, sampling.repetition_penalty)
+    processors = processors or LogitsProcessors(sampling)
+    z = processed_logits(z, processors, tokens, prompt_length, drafts)
     if sampling.temperature == 0:
         best = _checked_argmax(z)
         return SpeculativeStep(drafts, *verify_greedy(best, drafts)), best
@@ -149,12 +160,15 @@ def verify_tree_proposal(
     proposal: TreeProposal,
     sampling: SamplingParams,
     rng: np.random.Generator,
+    processors: LogitsProcessors | None = None,
+    prompt_length: int = 0,
 ) -> tuple[SpeculativeStep, list[int]]:
     """Verify a tree after ``tokens`` by its logits z[m+1, V] → the step, whose drafts begin
     with the accepted path, and the path.
     """
     nodes, q, tree = proposal
-    z = penalized_logits(z, tokens, nodes, sampling.repetition_penalty, tree)
+    processors = processors or LogitsProcessors(sampling)
+    z = processed_logits(z, processors, tokens, prompt_length, nodes, tree)
     if sampling.temperature == 0:
         path, token = verify_tree_greedy(_checked_argmax(z), tree, nodes)
     else:
@@ -168,20 +182,26 @@ def verify_tree_proposal(
     return SpeculativeStep([nodes[node] for node in order], len(path), token, judged), path
 
 
-def penalized_logits(
-    z: Array, tokens: Sequence[int], drafts: Sequence[int], penalty: float, tree: Tree | None = None
+def processed_logits(
+    z: Array,
+    processors: LogitsProcessors,
+    tokens: Sequence[int],
+    prompt_length: int,
+    drafts: Sequence[int] = (),
+    tree: Tree | None = None,
 ) -> Array:
-    """z[γ+1, V] with the repetition penalty: in row i for the tokens and the drafts before
-    it, in a tree above it.
+    """z[γ+1, V] after the logits processors: row i follows the tokens and the drafts before
+    it, in a tree those above it.
     """
-    if penalty == 1:
+    if not processors.active:
         return z
-    seen = np.zeros(z.shape, dtype=bool)
-    seen[:, list(tokens)] = True
-    above = np.asarray((tree or Tree.chain(len(drafts))).mask())  # [γ+1, γ+1], of itself too
-    for i, token in enumerate(drafts):
-        seen[above[:, i + 1], token] = True
-    return apply_repetition_penalty(z, asarray_like(seen, z), penalty)
+    prompt = tokens[:prompt_length]
+    output = tokens[prompt_length:]
+    rows: list[Row | None] = []
+    for i in range(len(drafts) + 1):
+        before = list(range(i)) if tree is None else tree.ancestors(i - 1)
+        rows.append(Row(processors, prompt, [*output, *(drafts[j] for j in before)]))
+    return process_rows(z, rows)
 
 
 def _checked_argmax(z: Array) -> list[int]:
