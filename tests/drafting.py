@@ -5,7 +5,7 @@ distribution of the target's output.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +15,7 @@ import pytest
 import enumeration
 from conftest import to_host
 from networks import random_tensors, tokenizer
-from refllm.decode.penalties import apply_repetition_penalty
+from processing import processed
 from refllm.decode.sampling import process_logits
 from refllm.decode.sampling_params import SamplingParams
 from refllm.decode.speculative import model_drafter, tree_verification, verification
@@ -45,7 +45,11 @@ def next_logits(model: Any, tokens: Sequence[int], xp: Any = np) -> np.ndarray:
 
 
 def output_distribution(
-    target: Any, sampling: SamplingParams, length: int
+    target: Any,
+    sampling: SamplingParams,
+    length: int,
+    min_tokens: int = 0,
+    end_tokens: Collection[int] = (),
 ) -> dict[tuple[int, ...], float]:
     """The distribution of the next ``length`` tokens after ``PROMPT``, from a full forward
     for each prefix.
@@ -55,10 +59,8 @@ def output_distribution(
         chance = 1.0
         for i, token in enumerate(s):
             prefix = [*PROMPT, *s[:i]]
-            z = next_logits(target, prefix)[None]
-            seen = np.zeros((1, 3), dtype=bool)
-            seen[0, prefix] = True
-            z = apply_repetition_penalty(z, seen, sampling.repetition_penalty)
+            z = next_logits(target, prefix)
+            z = processed(z, sampling, PROMPT, list(s[:i]), min_tokens, end_tokens)[None]
             chance *= process_logits(z, sampling.temperature, sampling.top_k)[0, token]
         found[s] = chance
     return found

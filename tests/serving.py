@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from processing import processed
 from refllm.api import Model
 from refllm.decode import sampling
 from refllm.decode.margin import margin
-from refllm.decode.penalties import apply_repetition_penalty
 from refllm.serve.request import Request
 from tiny_models import tiny_model
 
@@ -46,10 +46,8 @@ def alone(request: Request, index: int = 0) -> tuple[list[int], float]:
     params = chosen.temperature, chosen.top_k, chosen.top_p, chosen.min_p
     for _ in range(request.max_tokens):
         z = last_logits(tuple(tokens))[None]
-        if chosen.repetition_penalty != 1:
-            seen = np.zeros(z.shape, dtype=bool)
-            seen[0, tokens] = True
-            z = apply_repetition_penalty(z, seen, chosen.repetition_penalty)
+        output = tokens[len(request.prompt) :]
+        z = processed(z[0], chosen, request.prompt, output)[None]
         u = rng.random(1)
         if chosen.temperature == 0:
             token = int(z.argmax())

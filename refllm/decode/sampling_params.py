@@ -52,6 +52,7 @@ RULES = {
     "top_p": Rule(lambda x: 0 < x <= 1, "within (0, 1]"),
     "min_p": Rule(lambda x: 0 <= x <= 1, "within [0, 1]"),
     "repetition_penalty": Rule(lambda x: 0 < x < math.inf, "finite and above 0"),
+    "bias": Rule(math.isfinite, "finite"),
     "presence": Rule(math.isfinite, "finite"),
     "frequency": Rule(math.isfinite, "finite"),
     "presence_penalty": Rule(math.isfinite, "finite"),
@@ -85,6 +86,44 @@ def _check(name: str, value: object, where: str = "") -> float:
 def _is_number(value: object) -> TypeGuard[Real]:
     # float and int come first: asking the abstract class Real takes ten times as long
     return isinstance(value, (float, int, Real)) and not isinstance(value, bool)
+
+
+def _checked_bias(bias: Mapping[int, float] | None) -> dict[int, float] | None:
+    """Token id → a finite number, as a copy; ValueError for anything else."""
+    if bias is None:
+        return None
+    if not isinstance(bias, Mapping):
+        raise InputError(f"logit_bias must map token ids to numbers, got {bias!r}")
+    for token in bias:
+        if not _is_token(token):
+            raise InputError(f"logit_bias must map token ids, 0 or more, to numbers, got {token!r}")
+    return {int(t): float(_check("bias", v, f" for token {t}")) for t, v in bias.items()}
+
+
+def _checked_words(words: Sequence[str | Sequence[int]]) -> tuple[str | tuple[int, ...], ...]:
+    """Bad words as text or as tuples of ids; ValueError for an empty one."""
+    if isinstance(words, str) or not isinstance(words, Sequence):
+        raise InputError(f"bad_words must be a list of words, got {words!r}")
+    for word in words:
+        is_ids = isinstance(word, Sequence) and all(_is_token(token) for token in word)
+        if not word or not (isinstance(word, str) or is_ids):
+            raise InputError(
+                f"bad_words must be words, or lists of token ids, that are not empty, got {word!r}"
+            )
+    return tuple(w if isinstance(w, str) else tuple(int(t) for t in w) for w in words)
+
+
+def _checked_functions(
+    functions: Sequence[Callable[..., Array]],
+) -> tuple[Callable[..., Array], ...]:
+    """Logits processors as a tuple; ValueError for what cannot be called."""
+    if not isinstance(functions, Sequence) or not all(callable(f) for f in functions):
+        raise InputError(f"logits_processors must be a list of functions, got {functions!r}")
+    return tuple(functions)
+
+
+def _is_token(x: object) -> TypeGuard[int]:
+    return isinstance(x, Integral) and not isinstance(x, bool) and x >= 0
 
 
 @dataclass(frozen=True)
@@ -141,46 +180,6 @@ class SamplingOptions(TypedDict, total=False):
     logit_bias: Mapping[int, float] | None
     bad_words: Sequence[str | Sequence[int]]
     logits_processors: Sequence[Callable[..., Array]]
-
-
-def _checked_bias(bias: Mapping[int, float] | None) -> dict[int, float] | None:
-    """Token id → a finite number, as a copy; ValueError for anything else."""
-    if bias is None:
-        return None
-    if not isinstance(bias, Mapping):
-        raise InputError(f"logit_bias must map token ids to numbers, got {bias!r}")
-    for token, value in bias.items():
-        if not _is_token(token) or not _is_number(value) or not math.isfinite(value):
-            raise InputError(
-                "logit_bias must map token ids, 0 or more, to finite numbers, "
-                f"got {token!r}: {value!r}"
-            )
-    return {int(token): float(value) for token, value in bias.items()}
-
-
-def _checked_words(words: Sequence[str | Sequence[int]]) -> tuple[str | tuple[int, ...], ...]:
-    """Bad words as text or as tuples of ids; ValueError for an empty one."""
-    if isinstance(words, str) or not isinstance(words, Sequence):
-        raise InputError(f"bad_words must be a list of words, got {words!r}")
-    for word in words:
-        is_ids = isinstance(word, Sequence) and all(_is_token(token) for token in word)
-        if not word or not (isinstance(word, str) or is_ids):
-            raise InputError(
-                "bad_words must be words, or lists of token ids, that are not empty, "
-                f"got {word!r}"
-            )
-    return tuple(w if isinstance(w, str) else tuple(int(t) for t in w) for w in words)
-
-
-def _checked_functions(functions: Sequence[Callable[..., Array]]) -> tuple[Callable[..., Array], ...]:
-    """Logits processors as a tuple; ValueError for what cannot be called."""
-    if not isinstance(functions, Sequence) or not all(callable(f) for f in functions):
-        raise InputError(f"logits_processors must be a list of functions, got {functions!r}")
-    return tuple(functions)
-
-
-def _is_token(x: object) -> TypeGuard[int]:
-    return isinstance(x, Integral) and not isinstance(x, bool) and x >= 0
 
 
 def sampling_params(sampling: SamplingParams | None, shorthand: SamplingOptions) -> SamplingParams:

@@ -39,7 +39,7 @@ from refllm.serve.model_runner import ModelRunner, sample_outcomes
 from refllm.serve.outputs import EngineStats, RequestOutput
 from refllm.serve.plan import Outcome, Plan, SequenceKey, SequenceUpdate
 from refllm.serve.request import Request, Sequence
-from refllm.serve.request_state import Callback, RequestState, validate_request
+from refllm.serve.request_state import Callback, RequestState, logits_processors, validate_request
 
 
 class Engine(EngineStats):
@@ -155,11 +155,14 @@ class Engine(EngineStats):
                 "use another id"
             )
         validate_request(request, self.model.config)
+        processors = logits_processors(request, self.model)
         request_id = self.scheduler.submit(request)
         seed = request.seed
         if seed is None:
             seed = int(self._seeds.integers(2**63))
-        self._requests[request_id] = RequestState(request, callback, seed, self.model, self.drafter)
+        self._requests[request_id] = RequestState(
+            request, callback, seed, self.model, self.drafter, processors
+        )
         return request_id
 
     def abort(self, request_id: abc.Hashable) -> bool:

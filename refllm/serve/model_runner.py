@@ -31,8 +31,6 @@ from collections import abc
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-
 from refllm.backend import Array, asarray_like, finite_argmax, to_numpy
 from refllm.decode import sampling
 from refllm.decode.fast.captured_step import make_decode_step

@@ -57,6 +57,15 @@ def validate_request(request: Request, config: ModelConfig) -> None:
         raise InputError(f"request {request.request_id!r}: {reason}")
 
 
+def logits_processors(request: Request, model: ModelLike) -> LogitsProcessors | None:
+    """What changes the request's logits; None if nothing does. ValueError for a token outside
+    the vocabulary, or a bad word without tokens.
+    """
+    processors = LogitsProcessors(with_token_ids(request.sampling, model.tokenizer))
+    processors.check_vocabulary(model.config.vocab_size)
+    return processors if processors.active else None
+
+
 class SequenceState:
     """One sequence: its generator, its drafter, and its detokenizer if text is needed early."""
 
@@ -121,8 +130,11 @@ class RequestState:
         seed: int,
         model: ModelLike,
         make_drafter: abc.Callable[[], Drafter] | None = None,
+        processors: LogitsProcessors | None = None,
     ):
-        """``seed`` is the request's own, or one that the engine drew for it."""
+        """``seed`` is the request's own, or one that the engine drew for it; ``processors``
+        are those of ``logits_processors``.
+        """
         self.request = request
         self.callback = callback
         self.seed = seed
@@ -130,9 +142,7 @@ class RequestState:
         self.end_tokens: frozenset[int] = frozenset()
         if not request.ignore_eos:
             self.end_tokens = frozenset(model.config.eos_token_ids)
-        processors = LogitsProcessors(with_token_ids(request.sampling, model.tokenizer))
-        processors.check_vocabulary(model.config.vocab_size)
-        self.processors = processors if processors.active else None
+        self.processors = processors
         self.search = BeamSearch(request, self.end_tokens) if request.beam else None
         self.output = RequestOutput(request)
         self._make_drafter = make_drafter

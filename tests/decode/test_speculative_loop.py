@@ -16,6 +16,7 @@ from networks import EPS
 from refllm.api import Model, load
 from refllm.corpus import held_out_documents
 from refllm.decode.generate import generate_tokens
+from refllm.decode.logits_processors import LogitsProcessors
 from refllm.decode.penalties import apply_repetition_penalty
 from refllm.decode.sampling import process_logits
 from refllm.decode.sampling_params import GREEDY, SamplingParams
@@ -39,7 +40,16 @@ WAYS = {
     "plain": SamplingParams(temperature=1.0),
     "filtered": SamplingParams(temperature=0.7, top_k=2),
     "penalised": SamplingParams(temperature=1.0, repetition_penalty=1.7),
+    "processed": SamplingParams(
+        temperature=1.0,
+        presence_penalty=0.7,
+        frequency_penalty=-0.4,
+        logit_bias={0: 0.5, 2: -0.5},
+        bad_words=[(0, 2), (2, 2, 1)],
+        logits_processors=[lambda output, z: z * (1 + 0.5 * len(output))],
+    ),
 }
+LIMITS = {"processed": (2, frozenset([1]))}  # min_tokens, end tokens
 DRAFTERS = {
     "model": lambda target: ModelDrafter(random_model(SMALL, 9), 2),
     "a model with its own sampling parameters": lambda target: ModelDrafter(
@@ -60,7 +70,7 @@ DRAFTERS = {
 
 @pytest.mark.theorem(
     "Speculative generation has the output distribution of plain generation, whatever the "
-    "drafts, with penalties and filters",
+    "drafts, with penalties, biases, bad words, min_tokens, filters and a user's own processor",
     source=(
         "Leviathan et al. 2023, theorem of section 2.3; by enumeration of every uniform of "
         "a real network"
@@ -87,6 +97,7 @@ def test_the_output_distribution_is_that_of_plain_generation(sampling, drafter, 
         if (sampling, drafter) == ("plain", "model")
         else [verification.verify]
     )
+    limits = LIMITS.get(sampling, ())
     for rule in rules:
 
         def run(rng, rule=rule):
@@ -99,6 +110,7 @@ def test_the_output_distribution_is_that_of_plain_generation(sampling, drafter, 
                 rng,
                 DRAFTERS[drafter](target),
                 rule,
+                processors=LogitsProcessors(WAYS[sampling], *limits),
             )
             return tuple(t for step in steps for t in step.tokens)
 
@@ -106,7 +118,8 @@ def test_the_output_distribution_is_that_of_plain_generation(sampling, drafter, 
         # within 1e-13 in any batch
         assert (
             largest_difference(
-                exact_distribution(run), output_distribution(target, WAYS[sampling], length)
+                exact_distribution(run),
+                output_distribution(target, WAYS[sampling], length, *limits),
             )
             <= 1e-11
         )
@@ -279,13 +292,14 @@ def test_penalties_in_vectorised_rows_are_those_of_each_prefix(seed):
     z = rng.standard_normal((4, 9))
     text = rng.integers(0, 9, 3).tolist()
     drafts = rng.integers(0, 9, 3).tolist()
-    for i, row in enumerate(module.penalized_logits(z, text, drafts, 1.5)):
+    penalised = LogitsProcessors(SamplingParams(repetition_penalty=1.5))
+    for i, row in enumerate(module.processed_logits(z, penalised, text, 2, drafts)):
         seen = np.zeros((1, 9), dtype=bool)
         seen[0, [*text, *drafts[:i]]] = True
         np.testing.assert_allclose(
             row, apply_repetition_penalty(z[i : i + 1], seen, 1.5)[0], rtol=EPS
         )
-    assert module.penalized_logits(z, text, drafts, 1) is z
+    assert module.processed_logits(z, LogitsProcessors(GREEDY), text, 2, drafts) is z
 
 
 @given(seed=seeds, parents=st.sampled_from([[-1, -1, -1], [-1, 0, 0], [-1, 0, -1], [-1, 0, 1]]))
@@ -295,7 +309,8 @@ def test_penalties_in_a_tree_are_those_of_each_path(seed, parents):
     z = rng.standard_normal((4, 9))
     text = rng.integers(0, 9, 3).tolist()
     nodes = rng.integers(0, 9, 3).tolist()
-    for i, row in enumerate(module.penalized_logits(z, text, nodes, 1.5, tree)):
+    penalised = LogitsProcessors(SamplingParams(repetition_penalty=1.5))
+    for i, row in enumerate(module.processed_logits(z, penalised, text, 2, nodes, tree)):
         seen = np.zeros((1, 9), dtype=bool)
         seen[0, text + [nodes[a] for a in tree.ancestors(i - 1)]] = True
         np.testing.assert_allclose(

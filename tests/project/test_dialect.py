@@ -54,7 +54,6 @@ HOST = {
     "quant.layer_inputs:calibration_windows": "token ids are host data until they are embedded",
     "decode.fast.captured_step": OVERHEAD,
     "decode.fast.single_token": OVERHEAD,
-    "decode.speculative.loop:penalized_logits": "the tokens before a draft are host data",
     "decode.generate": "prompts are lists; the device gets one array per step",
 }
 TYPES = {
