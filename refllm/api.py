@@ -22,7 +22,7 @@ from typing import Any, Unpack
 import numpy as np
 
 from refllm.array_types import Array
-from refllm.backend import asarray_like, to_numpy
+from refllm.backend import asarray_like, namespace, to_numpy
 from refllm.checkpoints import loading
 from refllm.checkpoints.loading import BUNDLED, bundled, locate
 from refllm.checkpoints.tokenizer import Tokenizer
@@ -43,7 +43,10 @@ __all__ = ["BUNDLED", "Model", "bundled", "load", "locate"]
 
 
 def load(
-    path_or_name: str | os.PathLike[str], backend: str | None = None, dtype: str = "float32"
+    path_or_name: str | os.PathLike[str],
+    backend: str | None = None,
+    dtype: str = "float32",
+    weights: str = "auto",
 ) -> Model:
     """Load a model onto a backend.
 
@@ -57,11 +60,16 @@ def load(
         ``"numpy"`` or ``"cupy"``; None reads the environment variable ``REFLLM_BACKEND``.
     dtype
         ``"float32"``, ``"float64"`` (for exact comparisons), or ``"float16"`` (CuPy only).
+    weights
+        ``"stored"`` keeps quantised weights as they lie in the file, ``"float"`` dequantises
+        them once, which is faster on a CPU; ``"auto"`` dequantises on NumPy where the result
+        fits into half of the free memory, except formats that also quantise activations.
+        ``repr(model)`` says which.
 
     Raises
     ------
     CheckpointError
-        for anything wrong with the files.
+        for anything wrong with the files, or weights that do not fit into the free memory.
     BackendUnavailable
         if the backend cannot run here.
 
@@ -69,21 +77,37 @@ def load(
     >>> model.config.num_hidden_layers, model.config.vocab_size
     (2, 4096)
     """
-    loaded = loading.load(locate(path_or_name), backend=backend, dtype=dtype)
-    return Model(loaded.config, loaded.weights, loaded.tokenizer)
+    loaded = loading.load(locate(path_or_name), backend=backend, dtype=dtype, weights=weights)
+    return Model(loaded.config, loaded.weights, loaded.tokenizer, storage=loaded.storage)
 
 
 class Model:
     """A network with its tokenizer.
 
-    ``weights`` is the tree that ``refllm.model.llama.build`` describes.
+    ``weights`` is the tree that ``refllm.model.llama.build`` describes; ``storage`` says in
+    words how they are held.
     """
 
-    def __init__(self, config: ModelConfig, weights: Weights, tokenizer: Tokenizer):
-        """Keep the three parts; nothing is copied."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        tokenizer: Tokenizer,
+        *,
+        storage: str = "weights in memory",
+    ):
+        """Keep the parts; nothing is copied."""
         self.config = config
         self.weights = weights
         self.tokenizer = tokenizer
+        self.storage = storage
+
+    def __repr__(self) -> str:
+        library = namespace(self.weights["norm"]).__name__
+        return (
+            f"Model({self.config.summary}; {self.config.num_parameters:,} parameters; "
+            f"{self.storage}; {library})"
+        )
 
     def logits(self, tokens: Sequence[int] | Array) -> Array:
         """Full causal forward pass of one sequence: tokens[T], T ≥ 1 → [T, V], in the model's

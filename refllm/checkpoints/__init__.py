@@ -5,6 +5,7 @@ In reading order:
 
 - ``loading``: read a checkpoint, build the weight tree
 - ``sources``: which name or path is which checkpoint
+- ``weight_storage``: quantised weights stay stored, or become floats; ``free_memory``
 - ``tensor_files``: safetensors, and which tensors a network needs
 - ``writer``: files and directories that are either complete or absent
 - ``tokenizer``: text to token ids and back

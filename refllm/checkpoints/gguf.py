@@ -16,6 +16,7 @@ Left out: files in several parts, adapters, experts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -41,6 +42,7 @@ from refllm.checkpoints.tensor_files import (
     tensor_shapes,
 )
 from refllm.checkpoints.tokenizer import Tokenizer
+from refllm.checkpoints.weight_storage import Decoded, StoredTensor, choose
 from refllm.formats.gguf.codec import dequantize
 from refllm.formats.gguf.linear import GGUFLinear
 from refllm.formats.gguf.reader import GGUFError, GGUFFile
@@ -67,25 +69,32 @@ def open_file(path: str | Path) -> GGUFFile:
     return file
 
 
-def load(path: str | Path, xp: Namespace, dtype: str) -> tuple[ModelConfig, Weights, Tokenizer]:
-    """Config, weight tree and tokenizer of a file, on the library ``xp``.
+def load(
+    path: str | Path, xp: Namespace, dtype: str, weights: str = "stored"
+) -> tuple[ModelConfig, Weights, Tokenizer, str]:
+    """Config, weight tree, tokenizer, and how the weights are held in words, of a file, on
+    the library ``xp``; ``weights`` as in ``weight_storage``.
 
     Raises
     ------
     CheckpointError
-        for anything wrong with the file.
+        for anything wrong with the file, or weights that do not fit into the free memory.
     """
     with open_file(path) as file:
         tensors = GGUFTensors(file, xp, dtype)
         tensors.check()
         tokenizer = tokenizer_from_metadata(file.metadata, str(path))
         check_vocabulary(tokenizer, tensors.config, Path(path))
-        weights = build(tensors.config, tensors)
+        chosen = choose(weights, tensors.stored(), dtype, xp, path)
+        found: Mapping[str, Any] = tensors
+        if chosen.decoded:
+            found = Decoded(tensors, chosen.decoded)
+        tree = build(tensors.config, found)
         factors = tensors.rope_factors
         if factors is not None:
             plain = rope_frequencies(tensors.config.head_dim, tensors.config.rope_theta)
-            weights["rope_frequencies"] = xp.asarray(np.array(plain) / factors)  # [D/2]
-    return tensors.config, weights, tokenizer
+            tree["rope_frequencies"] = xp.asarray(np.array(plain) / factors)  # [D/2]
+    return tensors.config, tree, tokenizer, chosen.summary
 
 
 class GGUFTensors(Mapping[str, Any]):
@@ -130,6 +139,13 @@ class GGUFTensors(Mapping[str, Any]):
                 shaped = np.broadcast_to(np.float32(0), record.shape)  # no memory, only a shape
                 found[hf_name(name) or name] = shaped
         check_tensors(self.config, found, self.where)
+
+    def stored(self) -> Iterator[StoredTensor]:
+        """Each tensor of the network as the file stores it."""
+        for name, shape in self._shapes.items():
+            record = self.file.tensors[gguf_name(name)]
+            format = record.type.name if record.type.quantized else None
+            yield StoredTensor(name, math.prod(shape), format, record.nbytes)
 
     @cached_property
     def _shapes(self) -> dict[str, Shape]:

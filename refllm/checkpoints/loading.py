@@ -11,16 +11,16 @@ A GGUF file instead of a directory is read by ``checkpoints.gguf``.
 
 Each tensor is read, checked, converted and laid out before the next one is read, so loading
 needs the memory of one model and one tensor, never of two models. Quantised weights stay
-quantised: they multiply in the format in which they are stored, and only
-``formats.layouts`` knows which tensors such a weight consists of. Pickled files are never
-opened.
+quantised or are decoded one by one (``weight_storage``); only ``formats.layouts`` knows which
+tensors such a weight consists of. Pickled files are never opened.
 
-Left out: chat templates, downloading, quantised embeddings, tensors that the network does
-not use (rejected, except for the rotary tables of old Llama files, which are recomputed).
+Left out: chat templates, quantised embeddings, tensors that the network does not use
+(rejected, except for the rotary tables of old Llama files, which are recomputed).
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
@@ -50,6 +50,7 @@ from refllm.checkpoints.tensor_files import (
     tensor_shapes,
 )
 from refllm.checkpoints.tokenizer import Tokenizer
+from refllm.checkpoints.weight_storage import Decoded, StoredTensor, check_choice, choose
 from refllm.errors import InputError
 from refllm.formats import float_layouts
 from refllm.formats.layouts import FLOAT, FLOAT8, Spec, WeightLayout, from_tensors, tensor_specs
@@ -61,28 +62,41 @@ from refllm.model.weights import Linear
 # Tensors that some writers store although they have no effect where they are zero: zero
 # points of symmetric weights, biases that a family does not have
 OPTIONAL = (".weight_zero_point", ".bias")
+# bytes of an element of a quantised weight's tensors in memory
+_ITEMSIZE = {FLOAT: 4, FLOAT8: 1, "int8": 1, "int32": 4, "int64": 8}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint: the network's shape, its weight tree, its tokenizer, its path."""
+    """A loaded checkpoint: the network's shape, its weight tree, its tokenizer, its path, and
+    how the weights are held, in words.
+    """
 
     config: ModelConfig
     weights: Weights
     tokenizer: Tokenizer
     path: Path
+    storage: str
 
 
-def load(path: str | Path, *, backend: str | None = None, dtype: str = "float32") -> Checkpoint:
+def load(
+    path: str | Path,
+    *,
+    backend: str | None = None,
+    dtype: str = "float32",
+    weights: str = "stored",
+) -> Checkpoint:
     """Load a directory or a GGUF file for ``backend`` ("numpy", "cupy", None: the
-    environment's) in ``dtype``.
+    environment's) in ``dtype``; ``weights`` says what becomes of quantised weights
+    (``weight_storage``).
 
     Raises
     ------
     CheckpointError
-        for every kind of bad input, naming the file and what to do.
+        for every kind of bad input, naming the file and what to do; for weights that do not
+        fit into the free memory.
     ValueError
-        for a dtype that the backend does not compute in.
+        for a dtype that the backend does not compute in, or another ``weights``.
     BackendUnavailable
         if CuPy is asked for and cannot run.
     """
@@ -95,16 +109,22 @@ def load(path: str | Path, *, backend: str | None = None, dtype: str = "float32"
             f"load: {xp.__name__} does not compute in dtype {dtype!r}; choose one of "
             f"{', '.join(types)}"
         )
+    check_choice(weights)
     if is_gguf(path):
         from refllm.checkpoints import gguf  # a directory does not need GGUF's modules
 
-        return Checkpoint(*gguf.load(path, xp, dtype), Path(path))
+        config, tree, tokenizer, storage = gguf.load(path, xp, dtype, weights)
+        return Checkpoint(config, tree, tokenizer, Path(path), storage)
     directory = _directory(path)
     config = read_config(directory)
     tokenizer = read_tokenizer(directory, config)
     with open_tensors(directory, config, xp, dtype) as tensors:
-        weights = build(config, tensors)
-    return Checkpoint(config, weights, tokenizer, directory)
+        chosen = choose(weights, tensors.stored(), dtype, xp, directory)
+        found: Mapping[str, Any] = tensors
+        if chosen.decoded:
+            found = Decoded(tensors, chosen.decoded)
+        tree = build(config, found)
+    return Checkpoint(config, tree, tokenizer, directory, chosen.summary)
 
 
 # --- configuration and tokenizer ------------------------------------------------------------
@@ -277,6 +297,20 @@ class NetworkTensors(Mapping[str, Any]):
                     "it: ignoring it would change the output"
                 )
         return self
+
+    def stored(self) -> Iterator[StoredTensor]:
+        """Each tensor of the network as the files store it; scales count as float32."""
+        for name, shape in self._shapes.items():
+            elements = math.prod(shape)
+            layout = weight_layout(self.quantization, name, shape, self.files)
+            if layout is None:
+                yield StoredTensor(name, elements)
+                continue
+            more = ", activations too" if layout.activations else ""
+            format = f"{layout.name} ({layout.bits} bits{more})"
+            specs = tensor_specs(layout, (shape[0], shape[1]), name)
+            nbytes = sum(math.prod(s) * _ITEMSIZE[kind] for kind, s in specs.values())
+            yield StoredTensor(name, elements, format, nbytes, layout.activations)
 
     @cached_property
     def _shapes(self) -> dict[str, Shape]:

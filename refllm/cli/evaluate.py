@@ -17,7 +17,7 @@ from refllm.cli.cache_options import (
     kivi_from_options,
 )
 from refllm.cli.main import keep_freed_memory
-from refllm.cli.options import AnyModelOption, BackendOption, JsonOption, opt
+from refllm.cli.options import AnyModelOption, BackendOption, JsonOption, WeightsOption, opt
 from refllm.terminal import console, note, progress, table
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def evaluate(
     kv_group: KvGroupOption = None,
     kv_residual: KvResidualOption = None,
     seed: SeedOption = 0,
+    weights: WeightsOption = "auto",
     as_json: JsonOption = False,
     backend: BackendOption = "numpy",
 ) -> None:
@@ -94,7 +95,7 @@ def evaluate(
 
     documents = read_files(text) if text else held_out_documents()
     keep_freed_memory()
-    loaded = load(model, backend)
+    loaded = load(model, backend, weights=weights)
     kivi = kivi_from_options(loaded.config, kv_bits, kv_group, kv_residual)
     positions = loaded.config.max_position_embeddings
     window = window or default_windows(positions)[0]
@@ -115,7 +116,7 @@ def evaluate(
             against = None
             score = perplexity.evaluate(loaded, documents, **settings, progress=advance)
         else:
-            other = load(reference, backend)
+            other = load(reference, backend, weights=weights)
             rng = np.random.default_rng(seed)
             against = comparison.compare(
                 loaded, other, documents, rng=rng, **settings, progress=advance

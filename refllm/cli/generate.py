@@ -28,7 +28,7 @@ from refllm.cli.draft_options import (
     drafter_from_options,
 )
 from refllm.cli.main import keep_freed_memory
-from refllm.cli.options import AnyModelOption, BackendOption, flag, opt
+from refllm.cli.options import AnyModelOption, BackendOption, WeightsOption, flag, opt
 from refllm.errors import InputError
 from refllm.terminal import emit, note, printable, progress
 
@@ -87,6 +87,7 @@ def generate(
     kv_residual: KvResidualOption = None,
     kv_keep: KvKeepOption = None,
     kv_policy: KvPolicyOption = None,
+    weights: WeightsOption = "auto",
     backend: BackendOption = "numpy",
 ) -> None:
     """Continue a prompt, token by token.
@@ -128,7 +129,7 @@ def generate(
         )
     keep_freed_memory()
     drafter = drafter_from_options(draft, gamma, tree, backend)
-    loaded = load(model, backend)
+    loaded = load(model, backend, weights=weights)
     cache = sparse or kivi_from_options(loaded.config, kv_bits, kv_group, kv_residual)
     display = None if drafter is None else DraftDisplay(loaded.tokenizer)
     length = len(loaded.tokenizer.encode(text, special=True))

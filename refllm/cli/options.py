@@ -40,10 +40,19 @@ ModelOption = Annotated[
 AnyModelOption = Annotated[
     str,
     opt(
-        "A bundled model, a Hugging Face directory or a GGUF file.",
+        "A bundled model, smollm2, a Hugging Face directory or a GGUF file.",
         "--model",
         "-m",
         metavar="NAME|DIR|FILE",
+    ),
+]
+WeightsOption = Annotated[
+    str,
+    opt(
+        "Keep quantised weights stored, or decode them to float once; auto decodes what fits "
+        "into half of the free memory.",
+        "--weights",
+        metavar="auto|float|stored",
     ),
 ]
 JsonOption = Annotated[bool, flag("Print one JSON object instead of text.", "--json")]

@@ -6,6 +6,7 @@ import json
 import shlex
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -194,3 +195,24 @@ def test_kv_keep_generates_with_the_sparse_policy_of_the_options(model):
         rejected = run("generate", "x", "--model", model, *options)
         assert rejected.exit_code == 2
         assert message in " ".join(rejected.stderr.split())
+
+
+@pytest.mark.parametrize("command", ["generate", "eval"])
+def test_weights_says_what_becomes_of_quantised_weights(command, tmp_path, monkeypatch):
+    import refllm.api
+
+    seen = []
+    load = refllm.api.load
+
+    def spy(*args: Any, **options: Any) -> Any:
+        seen.append(options["weights"])
+        return load(*args, **options)
+
+    monkeypatch.setattr(refllm.api, "load", spy)
+    given = ["x", "-n", "1"] if command == "generate" else ["--max-tokens", "8"]
+    for weights in ("auto", "float", "stored"):
+        assert run(command, *given, "--model", "stdlib-draft", "--weights", weights).exit_code == 0
+    assert seen == ["auto", "float", "stored"]
+    result = run(command, *given, "--weights", "int4")
+    assert result.exit_code == 2
+    assert "weights is one of auto, float, stored, got 'int4'" in result.stderr

@@ -160,8 +160,8 @@ def test_stretched_wavelengths_come_from_the_file(tmp_path):
 def test_weights_stay_in_their_bytes_and_multiply(source, f32, type, tmp_path):
     made = convert(f32, tmp_path / "x.gguf", type, workers=1)
     assert made.nbytes == (tmp_path / "x.gguf").stat().st_size
-    model = load(tmp_path / "x.gguf", dtype="float64")
-    plain = load(tmp_path / "x.gguf", dtype="float64")
+    model = load(tmp_path / "x.gguf", dtype="float64", weights="stored")
+    plain = load(tmp_path / "x.gguf", dtype="float64", weights="stored")
     with GGUFFile(tmp_path / "x.gguf") as file:
         assert file.metadata["general.file_type"] == MIXES[type][1]
         assert file.metadata["general.quantization_version"] == 2
