@@ -9,10 +9,11 @@ write); the free list that remembers contents, vLLM's automatic prefix caching.
 | p      | position of a token in its sequence | in block ``table[p // b]`` at offset p % b   |
 | slot   | index of a token in the whole pool  | ``table[p // b] · b + p % b``                |
 
-A block is *owned* (one reference per table that holds it) or *free*. A free block may still
-be *remembered* under a key: its contents are valid until it is allocated again, and
-``fork`` takes it back. Free blocks are allocated in the order in which they became free, so
-remembered contents are evicted least recently used first.
+A block is *owned* (one reference per table that has it) or *free*. A free block may still be
+*remembered* under a key: its contents are valid until it is allocated again, and ``fork``
+takes it back. Free blocks are allocated in the order in which they became free, so remembered
+contents are evicted least recently used first. A block that a copy has still to read is
+*held*: it does not become free with its last owner, but when the hold ends.
 
 Everything here is Python integers: it can be tested, traced and drawn without a model.
 ``kv.paged`` holds the arrays.
@@ -67,6 +68,7 @@ class BlockPool:
         self.block_size = block_size
         self.on_vacant = on_vacant
         self._references = [0] * num_blocks
+        self._holds: dict[int, int] = {}  # block → copies that have still to read it
         # in the order of allocation
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._key_of: dict[int, Key] = {}
@@ -117,7 +119,8 @@ class BlockPool:
         if self._references[self._checked(block)] == 0:
             if block not in self._key_of:
                 raise InputError(f"block {block} is free and holds nothing: allocate it first")
-            del self._free[block]  # O(1): an OrderedDict, where a deque would be searched
+            # O(1): an OrderedDict, where a deque would be searched; a held one is not in it
+            self._free.pop(block, None)
             self.revived += 1
             self.peak = max(self.peak, self.num_used)
         self._references[block] += 1
@@ -132,14 +135,35 @@ class BlockPool:
         if self._references[self._checked(block)] == 0:
             raise InputError(f"block {block} is free already")
         self._references[block] -= 1
-        if self._references[block]:
-            return
+        if self._references[block] == 0 and block not in self._holds:
+            self._make_free(block)
+
+    def _make_free(self, block: int) -> None:
+        """Put a block that has lost its last owner into the line."""
         self._free[block] = None  # last in line
         if block not in self._key_of:
             self._free.move_to_end(block, last=False)
             self._vacant(block)
 
     # --- contents that outlive their owners -----------------------------------------------
+
+    def hold(self, block: int) -> None:
+        """Keep the contents of an owned block until ``unhold``, whatever becomes of its
+        owners: a copy has still to read it. Holds are counted.
+        """
+        if self._references[self._checked(block)] == 0:
+            raise InputError(f"block {block} is free: there is nothing to hold")
+        self._holds[block] = self._holds.get(block, 0) + 1
+
+    def unhold(self, block: int) -> None:
+        """End a hold; a block that has lost all owners meanwhile becomes free."""
+        if self._checked(block) not in self._holds:
+            raise InputError(f"block {block} is not held")
+        self._holds[block] -= 1
+        if self._holds[block] == 0:
+            del self._holds[block]
+            if self._references[block] == 0 and block not in self._free:
+                self._make_free(block)
 
     def remember(self, block: int, key: Key) -> None:
         """Record the key of an owned block's contents, so that ``find(key)`` returns it;
@@ -156,6 +180,11 @@ class BlockPool:
         """The first of the blocks remembered under a key, owned or free; None if there is none."""
         return next(iter(self._holders.get(key, ())), None)
 
+    def forget_all(self) -> None:
+        """Drop every key: nothing that is cached is found any more."""
+        for block in list(self._key_of):
+            self._forget(block)
+
     def key_of(self, block: int) -> Key | None:
         """The key that a block is remembered under; None if it has none."""
         return self._key_of.get(self._checked(block))
@@ -169,7 +198,8 @@ class BlockPool:
         if not self._holders[key]:
             del self._holders[key]
         self.forgotten += 1
-        self._vacant(block)
+        if self._references[block] == 0:
+            self._vacant(block)
 
     def _vacant(self, block: int) -> None:
         """Report that a block's contents can no longer be read."""
@@ -183,13 +213,14 @@ class BlockPool:
         return block
 
     def check(self) -> None:
-        """AssertionError if an invariant is broken: every block is either free or owned,
-        every key has its block.
+        """AssertionError if an invariant is broken: every block is free, owned or held, every
+        key has its block.
         """
         owned = {b for b, count in enumerate(self._references) if count > 0}
         assert min(self._references) >= 0, "a reference count is negative"
         assert owned.isdisjoint(self._free), "a block is both owned and free"
-        assert len(owned) + len(self._free) == self.num_blocks, "a block is lost"
+        assert not set(self._holds) & set(self._free), "a block is both held and free"
+        assert len(owned | set(self._holds)) + len(self._free) == self.num_blocks, "a block is lost"
         assert {b: key for key, blocks in self._holders.items() for b in blocks} == self._key_of, (
             "keys disagree"
         )

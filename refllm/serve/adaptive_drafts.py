@@ -27,11 +27,11 @@ Left out: trees in the engine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from refllm.backend import Array
 from refllm.decode.sampling_params import SamplingParams
 from refllm.decode.speculative.acceptance import Acceptance
 from refllm.decode.speculative.interface import (
@@ -45,9 +45,9 @@ from refllm.decode.speculative.model_drafter import ModelDrafter
 from refllm.decode.speculative.ngram_drafter import NGramDrafter
 from refllm.decode.speculative.tree_drafter import TreeDrafter
 from refllm.errors import InputError
-from refllm.serve.base_scheduler import BaseScheduler
 from refllm.serve.draft_costs import Costs
-from refllm.serve.plan import SequenceKey
+from refllm.serve.isolation import Failures, compute_isolated
+from refllm.serve.request import Sequence as TargetSequence
 from refllm.serve.request_state import RequestState
 
 PROBE = 32  # steps that a sequence goes without drafts before it probes, at first
@@ -62,36 +62,71 @@ NO_TREES = "the engine verifies chains: give it a ModelDrafter where this one gr
 
 def propose_drafts(
     drafter: Callable[[], Drafter],
-    scheduler: BaseScheduler,
-    requests: Mapping[Hashable, RequestState],
-) -> dict[SequenceKey, Array | None]:
-    """Give drafts to every running sequence that can use them; returns the q that they were
-    sampled from.
+    asked: Sequence[tuple[TargetSequence, RequestState]],
+    vocabulary: int,
+    failures: Failures,
+) -> list[tuple[TargetSequence, Proposal]]:
+    """The proposals for sequences that can use drafts; ``drafter`` is the engine's.
 
-    ``drafter`` is the engine's. ValueError if a drafter proposes a tree.
+    A drafter that raises, proposes a tree, or a token outside the vocabulary, has failed; its
+    request is in ``failures``, and the others get their drafts.
     """
-    sequences = [sequence for sequence in scheduler.running if scheduler.can_draft(sequence)]
-    asked: list[tuple[Drafter, DraftRequest]] = []
-    for sequence in sequences:
-        state = requests[sequence.request.request_id].sequence_state(sequence.index)
-        assert state.drafter is not None
-        count = min(state.drafter.gamma, sequence.remaining - 1)
-        sampling = sequence.request.sampling
-        request = DraftRequest(sequence.tokens, count, sampling, state.rng, 0)
-        asked.append((state.drafter, request))
+    ready: list[tuple[TargetSequence, Drafter, DraftRequest]] = []
+    for sequence, of_request in asked:
+        try:
+            state = of_request.sequence_state(sequence.index)
+            assert state.drafter is not None
+            count = min(state.drafter.gamma, sequence.remaining - 1)
+            sampling = sequence.request.sampling
+            request = DraftRequest(sequence.tokens, count, sampling, state.rng, 0)
+            ready.append((sequence, state.drafter, request))
+        except Exception as error:
+            failures.add(sequence.request.request_id, "draft", error)
+    errors: dict[int, Exception] = {}  # place in ``ready`` → what its drafter raised
     if isinstance(drafter, AdaptiveDrafting):
-        proposals = drafter.propose_batch(asked)  # type: ignore[arg-type]  # it made them
+        pairs = [(one, request) for _, one, request in ready]
+        proposals = drafter.propose_batch(pairs, errors)  # type: ignore[arg-type]  # it made them
     else:
-        proposals = [one.propose(*request[:4]) for one, request in asked]
-    q: dict[SequenceKey, Array | None] = {}
-    for sequence, proposal in zip(sequences, proposals, strict=True):
-        if isinstance(proposal, TreeProposal):
-            raise InputError(NO_TREES)
-        # drafts that are left from a step that failed are replaced
-        if proposal.tokens or sequence.drafts:
-            scheduler.propose(sequence.key, proposal.tokens)
-            q[sequence.key] = proposal.q
-    return q
+        proposals = []
+        for i, (_, one, request) in enumerate(ready):
+            try:
+                proposals.append(one.propose(*request[:4]))
+            except Exception as error:
+                proposals.append(NO_DRAFTS)
+                errors[i] = error
+    checked: list[tuple[TargetSequence, Proposal]] = []
+    for i, ((sequence, _, _), proposal) in enumerate(zip(ready, proposals, strict=True)):
+        try:
+            if i in errors:
+                raise errors[i]
+            checked.append((sequence, _checked_proposal(proposal, vocabulary)))
+        except Exception as error:
+            failures.add(sequence.request.request_id, "draft", error)
+    return checked
+
+
+def _checked_proposal(proposal: Proposal | TreeProposal, vocabulary: int) -> Proposal:
+    """A proposal that the engine can verify; ValueError for another one."""
+    if isinstance(proposal, TreeProposal):
+        raise InputError(NO_TREES)
+    tokens = [int(token) for token in proposal.tokens]
+    if tokens and not 0 <= min(tokens) <= max(tokens) < vocabulary:
+        raise InputError(f"it proposed {tokens}, and the vocabulary has {vocabulary} tokens")
+    return Proposal(tokens, proposal.q)
+
+
+class _ModelShare(NamedTuple):
+    """A sequence that a draft model is asked for: its place among all that are asked."""
+
+    place: int
+    request: DraftRequest
+    errors: dict[int, Exception] | None
+
+    def fail(self, point: str, error: Exception) -> None:
+        """The model fails for this sequence alone, too."""
+        if self.errors is None:
+            raise error
+        self.errors[self.place] = error
 
 
 class AdaptiveDrafting:
@@ -159,9 +194,15 @@ class AdaptiveDrafting:
         return self._gamma_table[case]
 
     def propose_batch(
-        self, asked: Sequence[tuple[SequenceDrafter, DraftRequest]]
+        self,
+        asked: Sequence[tuple[SequenceDrafter, DraftRequest]],
+        errors: dict[int, Exception] | None = None,
     ) -> list[Proposal | TreeProposal]:
-        """The proposals for all sequences of a step; a draft model computes them as a batch."""
+        """The proposals for all sequences of a step; a draft model computes them as a batch.
+
+        ``errors`` gets what the drafter of a single sequence raises, by its place in
+        ``asked``, and that sequence no drafts; without ``errors`` it is raised.
+        """
         if not asked:
             return []
         self.batch = len(asked)
@@ -174,15 +215,39 @@ class AdaptiveDrafting:
                 continue
             if isinstance(self.source, ModelDrafter):
                 for_model[one] = i, request._replace(max_drafts=count)
-            else:
-                tokens, _, sampling, rng, _ = request
+                continue
+            tokens, _, sampling, rng, _ = request
+            try:
                 proposals[i] = one.drafter.propose(tokens, count, sampling, rng)
+            except Exception as error:
+                if errors is None:
+                    raise
+                errors[i] = error
         if isinstance(self.source, ModelDrafter) and for_model:
             caches = self._assign_caches(list(for_model))
-            batch = [for_model[one][1]._replace(sequence=i) for one, i in caches.items()]
-            for one, proposal in zip(caches, self.source.propose_batch(batch), strict=True):
-                proposals[for_model[one][0]] = proposal
+            shares = [
+                _ModelShare(for_model[one][0], for_model[one][1]._replace(sequence=cache), errors)
+                for one, cache in caches.items()
+            ]
+            shares, batch = compute_isolated(shares, self._propose_with_model, "draft")
+            for share, proposal in zip(shares, batch or [], strict=True):
+                proposals[share.place] = proposal
         return proposals
+
+    def _propose_with_model(self, shares: list[_ModelShare]) -> list[Proposal]:
+        """The draft model's proposals; where it fails, the sequences' generators are as they
+        were, so that those that are asked again draw the same numbers.
+        """
+        assert isinstance(self.source, ModelDrafter)
+        if len(shares) == 1:
+            return self.source.propose_batch([shares[0].request])
+        before = [share.request.rng.bit_generator.state for share in shares]
+        try:
+            return self.source.propose_batch([share.request for share in shares])
+        except Exception:
+            for share, state in zip(shares, before, strict=True):
+                share.request.rng.bit_generator.state = state
+            raise
 
     def _assign_caches(self, asking: list[SequenceDrafter]) -> dict[SequenceDrafter, int]:
         """Which cache of the model each sequence uses: a sequence keeps its own; the others

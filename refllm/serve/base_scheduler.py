@@ -29,6 +29,7 @@ from itertools import count
 
 from refllm.errors import InputError
 from refllm.serve.admission import Order
+from refllm.serve.isolation import RequestFailure
 from refllm.serve.kv_manager import KVManager
 from refllm.serve.plan import (
     Outcome,
@@ -142,6 +143,25 @@ class BaseScheduler(ABC):
             self._finish(sequence, finish_reason)
         return sequences
 
+    def fail(self, request_id: abc.Hashable, error: str) -> list[Sequence]:
+        """End a request whose own things have failed, as ``abort`` does; the sentence
+        ``error`` is part of the next update. Returns the sequences that this ended.
+        """
+        ended = self.abort(request_id, "error")
+        self._finished += [SequenceUpdate(one, [], "error", error=error) for one in ended]
+        return ended
+
+    def reset_prefix_cache(self) -> None:
+        """Forget every cached prefix. Running sequences are preempted: they compute their
+        tokens again, so nothing that was computed before is read after this call.
+
+        RuntimeError between ``plan`` and ``update``.
+        """
+        if self.step is not None:
+            raise RuntimeError("the current plan reads cached prefixes: update or roll_back first")
+        self._preempt_all()
+        self.memory.forget_prefixes()
+
     def propose(self, key: SequenceKey, drafts: abc.Sequence[int]) -> int:
         """Set a running sequence's drafts for the next plan; returns how many are of use."""
         of_request = self._active.get(key[0], [])
@@ -208,23 +228,53 @@ class BaseScheduler(ABC):
         self.computed += plan.tokens
         updates = self._finished
         self._finished = []
+        self._unhold(step)
         for sequence, item in step.items.items():
             if sequence.status is SequenceStatus.RUNNING and not item.samples:
                 sequence.computed = item.start + item.count
-                self.memory.commit(sequence)
+                self._commit(sequence)
         for sequence, outcome in zip(sampled, outcomes, strict=True):
             if sequence.status is SequenceStatus.RUNNING:
                 updates += self._apply_outcome(sequence, outcome)
+        updates += self._finished  # of requests that have failed in this update
+        self._finished = []
         return updates
 
     def roll_back(self, plan: Plan) -> None:
         """Give up a plan whose execution failed: its sequences are preempted."""
         step = self._current_step(plan)
         self.step = None
+        self._unhold(step)
         for sequence in reversed(step.items):  # so that the queue keeps their order
             if sequence.status is SequenceStatus.RUNNING:
                 for beam in self._group(sequence):
                     self._preempt(beam)
+
+    def _abandon(self, step: PlanBuilder) -> None:
+        """Planning itself has failed: preempt everything, as if there had been no plan."""
+        self._unhold(step)
+        self._preempt_all()
+        for sequence in self.waiting:
+            self.memory.release(sequence, preempted=True)  # one that was being admitted
+
+    def _preempt_all(self) -> None:
+        """Preempt all running sequences."""
+        for sequence in reversed(self.running[:]):  # so that the queue keeps their order
+            self._preempt(sequence)
+
+    def _unhold(self, step: PlanBuilder) -> None:
+        """The copies of a step have been made, or never will be."""
+        for copies in step.copies.values():
+            self.memory.unhold(copies)
+
+    def _commit(self, sequence: Sequence) -> bool:
+        """Commit what a sequence has computed; False if that failed, and ended its request."""
+        try:
+            self.memory.commit(sequence)
+        except RequestFailure as failure:
+            self.fail(failure.request_id, str(failure))
+            return False
+        return True
 
     def _current_step(self, plan: Plan) -> PlanBuilder:
         if self.step is None or self.step.plan is not plan:
@@ -243,8 +293,9 @@ class BaseScheduler(ABC):
         sequence.computed = length + max(0, len(tokens) - 1)
         sequence.drafts = []
         sequence.tokens += tokens
-        if tokens:
-            self.memory.commit(sequence)
+        if tokens and not self._commit(sequence):
+            self.sampled += len(tokens)
+            return [SequenceUpdate(sequence, tokens)]  # its end follows
         sequence.stop_reason = first.stop_reason
         updates = [SequenceUpdate(sequence, tokens, first.finish_reason)]
         for other in outcome[1:]:

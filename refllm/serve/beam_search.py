@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 from refllm.backend import Array, asarray_like, namespace, to_numpy, top_k
 from refllm.decode.sampling import log_probabilities
-from refllm.serve.plan import FAILED, Outcome, SampledTokens
+from refllm.serve.plan import Outcome, SampledTokens
 from refllm.serve.request import Request, Sequence
 
 _PLAIN_POWER = 690.0  # e to this power, or its negative, is far within the range of floats
@@ -155,32 +155,3 @@ class BeamSearch:
             divisor_length = self.request.max_tokens
         bound = log_loss(score, divisor_length, self.request.length_penalty)
         return sorted(loss for loss, _ in self.finished)[self.request.n - 1] <= bound
-
-
-def advance_searches(
-    searches: abc.Mapping[abc.Hashable, BeamSearch | None],
-    sampled: list[Sequence],
-    first_rows: list[int],
-    z: Array,
-    outcomes: list[Outcome],
-) -> None:
-    """Replace the outcomes of beams by those of their search; all beams of a search are
-    sampled in the same step.
-
-    ``searches`` has the search of each request, if it is one; ``first_rows[i]`` is the row of
-    z[R, V] for ``sampled[i]``.
-    """
-    places_of: dict[abc.Hashable, list[int]] = {}  # request → places of its beams in sampled
-    for i, sequence in enumerate(sampled):
-        if sequence.request.beam:
-            places_of.setdefault(sequence.request.request_id, []).append(i)
-    for request_id, places in places_of.items():
-        search = searches[request_id]
-        assert search is not None
-        if any(outcomes[i] is FAILED for i in places):
-            decided: list[Outcome] = [FAILED] * len(places)
-        else:
-            rows = asarray_like([first_rows[i] for i in places], z, "int64")
-            decided = search.advance([sampled[i] for i in places], z[rows])
-        for i, outcome in zip(places, decided, strict=True):
-            outcomes[i] = outcome

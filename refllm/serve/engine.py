@@ -7,7 +7,8 @@ sequence runs when is decided by ``serve.scheduler``, where keys and values lie 
 A step: drafters propose, the scheduler makes a plan, the model runner turns it into rows of
 logits, then into tokens (or a beam search does), the scheduler applies them, and callbacks
 receive what is new. If a step fails, it is rolled back: its requests are preempted, keep the
-tokens that they have, and the error reaches the caller.
+tokens that they have, and the error reaches the caller. What one request's own settings,
+drafter or callback raise ends that request alone (``serve.isolation``).
 
 The tokens of a request depend on its prompt, its settings and its seed alone: not on the
 batch, the budget, chunks, cached prefixes or preemption. (Up to rounding: products of other
@@ -19,9 +20,10 @@ log-probabilities.
 
 from __future__ import annotations
 
-from collections import abc
+from collections import abc, deque
 from dataclasses import replace
 from itertools import count
+from threading import RLock
 from typing import Unpack
 
 import numpy as np
@@ -35,6 +37,7 @@ from refllm.kv.paged import PagedKVCache
 from refllm.serve import factory
 from refllm.serve.adaptive_drafts import AdaptiveDrafting, propose_drafts
 from refllm.serve.base_scheduler import BaseScheduler
+from refllm.serve.isolation import Failures, sentence
 from refllm.serve.model_runner import ModelRunner, sample_outcomes
 from refllm.serve.outputs import EngineStats, RequestOutput
 from refllm.serve.plan import Outcome, Plan, SequenceKey, SequenceUpdate
@@ -125,6 +128,10 @@ class Engine(EngineStats):
         self._seeds = np.random.default_rng(seed)
         self._ids = count()
         self._stepping = False
+        self._reset_wanted = False  # the prefix cache is reset before the next plan
+        # Held while a request is queued, planned, ended or recorded, and free while the network
+        # computes and users' functions run: so another thread can submit and abort at any time.
+        self._lock = RLock()
         # Ctrl-C in a callback: raised after the step has been applied
         self._interrupt: BaseException | None = None
 
@@ -146,33 +153,47 @@ class Engine(EngineStats):
             for a request that can never be served (the message says why), or an id that is
             in use: until its output has been taken. The engine is unchanged then.
         """
-        if request.request_id is None:
-            free = (i for i in self._ids if i not in self._requests and i not in self.results)
-            request = replace(request, request_id=next(free))
-        if request.request_id in self.results:
-            raise InputError(
-                f"request {request.request_id!r} has ended and its result was not taken: "
-                "use another id"
-            )
-        validate_request(request, self.model.config)
-        processors = logits_processors(request, self.model)
-        request_id = self.scheduler.submit(request)
-        seed = request.seed
-        if seed is None:
-            seed = int(self._seeds.integers(2**63))
-        self._requests[request_id] = RequestState(
-            request, callback, seed, self.model, self.drafter, processors
-        )
+        with self._lock:
+            if request.request_id is None:
+                free = (i for i in self._ids if i not in self._requests and i not in self.results)
+                request = replace(request, request_id=next(free))
+            if request.request_id in self.results:
+                raise InputError(
+                    f"request {request.request_id!r} has ended and its result was not taken: "
+                    "use another id"
+                )
+            validate_request(request, self.model.config)
+            processors = logits_processors(request, self.model)
+            state = RequestState(request, callback, self.model, self.drafter, processors)
+            request_id = self.scheduler.submit(request)
+            if request.seed is None:
+                state.seed = int(self._seeds.integers(2**63))
+            self._requests[request_id] = state
         return request_id
 
     def abort(self, request_id: abc.Hashable) -> bool:
         """End a request now; its output has the tokens so far. False if it is unknown or has
         finished already. Its callback is not called.
+
+        At any moment, and from any thread: of a step that is being computed, what belongs to
+        the request is discarded.
         """
-        if request_id not in self._requests:
-            return False
-        self._finish(request_id, self.scheduler.abort(request_id))
+        with self._lock:
+            if request_id not in self._requests:
+                return False
+            self._finish(request_id, self.scheduler.abort(request_id))
         return True
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes; running sequences are preempted and compute theirs again.
+
+        The engine does so itself where a weight of the model was replaced. Call it after
+        arrays of weights were changed in place. Within a step it takes effect with the next.
+        """
+        with self._lock:
+            self._reset_wanted = self.scheduler.step is not None
+            if not self._reset_wanted:
+                self.scheduler.reset_prefix_cache()
 
     def run(self) -> dict[abc.Hashable, RequestOutput]:
         """Step until every request has finished; returns, and forgets, all outputs that have
@@ -213,26 +234,83 @@ class Engine(EngineStats):
     # --- a step ---------------------------------------------------------------------------
 
     def _compute(self) -> list[SequenceUpdate]:
-        """Plan a step, execute it, sample, and apply the outcomes; roll back on any error."""
-        draft_q: dict[SequenceKey, Array | None] = {}  # what its drafts were sampled from
-        if self.drafter is not None:
-            draft_q = propose_drafts(self.drafter, self.scheduler, self._requests)
-        plan = self.scheduler.plan()
-        assert self.scheduler.step is not None
-        sequences = list(self.scheduler.step.items)
+        """Plan a step, execute it, sample, and apply the outcomes; roll back on an error that
+        is not a single request's.
+        """
+        failures = Failures()
+        draft_q = self._draft(failures)  # what drafts were sampled from
+        with self._lock:
+            self._forget_old_weights()
+            self._fail(failures)
+            plan = self.scheduler.plan()
+            assert self.scheduler.step is not None
+            sequences = list(self.scheduler.step.items)
+            requests = {
+                s.request.request_id: self._requests[s.request.request_id] for s in sequences
+            }
         try:
             if self.on_plan is not None:
                 self.on_plan(plan)
-            z = self._runner.execute(plan, sequences, self.model)
+            z = self._runner.execute(plan, sequences)
             outcomes: list[Outcome] = []
             if z is not None:
-                outcomes = sample_outcomes(plan, sequences, self._requests, draft_q, z)
+                outcomes = sample_outcomes(plan, sequences, requests, draft_q, z, failures)
+            with self._lock:
+                self._fail(failures)
+                return self.scheduler.update(plan, outcomes)
         except BaseException:
-            self.scheduler.roll_back(plan)
-            for sequence in sequences:
-                self._requests[sequence.request.request_id].roll_back(sequence)
+            with self._lock:
+                self._roll_back(plan, sequences, requests, failures)
             raise
-        return self.scheduler.update(plan, outcomes)
+
+    def _draft(self, failures: Failures) -> dict[SequenceKey, Array | None]:
+        """Ask the drafters, if there are any; returns the q that drafts were sampled from."""
+        q: dict[SequenceKey, Array | None] = {}
+        if self.drafter is None:
+            return q
+        with self._lock:
+            sequences = [s for s in self.scheduler.running if self.scheduler.can_draft(s)]
+            asked = [(s, self._requests[s.request.request_id]) for s in sequences]
+        proposals = propose_drafts(self.drafter, asked, self.model.config.vocab_size, failures)
+        with self._lock:
+            for sequence, proposal in proposals:
+                # drafts that are left from a step that failed are replaced
+                if proposal.tokens or sequence.drafts:
+                    self.scheduler.propose(sequence.key, proposal.tokens)
+                    q[sequence.key] = proposal.q
+        return q
+
+    def _forget_old_weights(self) -> None:
+        """Where weights were replaced since the last step: nothing that the old ones computed
+        is read again.
+        """
+        if self._runner.capture(self.model) or self._reset_wanted:
+            self._reset_wanted = False
+            self.scheduler.reset_prefix_cache()
+
+    def _fail(self, failures: Failures) -> None:
+        """End the requests that have failed; the updates say so at the end of the step."""
+        for request_id, error in failures.items():
+            self.scheduler.fail(request_id, error)
+        failures.clear()
+
+    def _roll_back(
+        self,
+        plan: Plan,
+        sequences: list[Sequence],
+        requests: abc.Mapping[abc.Hashable, RequestState],
+        failures: Failures,
+    ) -> None:
+        """The step has failed: its requests are preempted and keep the tokens they have."""
+        if self.scheduler.step is not None:
+            self.scheduler.roll_back(plan)
+        for sequence in sequences:
+            request_id = sequence.request.request_id
+            try:
+                requests[request_id].roll_back(sequence)
+            except Exception as error:
+                failures.add(request_id, "text", error)
+        self._fail(failures)
 
     # --- publishing -----------------------------------------------------------------------
 
@@ -240,49 +318,106 @@ class Engine(EngineStats):
         """Fill in text, call back, and finish requests; returns what users may see."""
         published: list[SequenceUpdate] = []
         searches: dict[abc.Hashable, list[SequenceUpdate]] = {}
-        for update in updates:
-            state = self._requests.get(update.request_id)
-            if state is None:
-                continue  # a callback has aborted it meanwhile
-            if state.search is not None and update.finish_reason in (None, "dropped"):
-                searches.setdefault(update.request_id, []).append(update)
-            else:
-                state.record(update)
-                published.append(update)
-                self._call_back(update.request_id, state, [update])
+        pending = deque(updates)  # a failure adds the ends of the other sequences
+        while pending:
+            update = pending.popleft()
+            with self._lock:
+                state = self._requests.get(update.request_id)
+                if state is None or state.request is not update.sequence.request:
+                    continue  # it has been aborted meanwhile
+                if state.search is not None and update.finish_reason in (None, "dropped"):
+                    searches.setdefault(update.request_id, []).append(update)
+                    continue
+                searches.pop(update.request_id, None)  # of a search that has failed
+                pending += self._record(state, update)
+            published.append(update)
+            pending += self._call_back(state, [update])
         for request_id, group in searches.items():
-            state = self._requests.get(request_id)
-            if state is None or state.search is None:
-                continue
-            dropped = [update.sequence for update in group if update.finish_reason == "dropped"]
-            state.output.preemptions += sum(sequence.preemptions for sequence in dropped)
-            survivors = [update.sequence for update in group if update.finish_reason is None]
-            if survivors:
-                state.search.follow(survivors)
-                continue
-            hypotheses = state.finish_search(dropped)
+            with self._lock:
+                state = self._requests.get(request_id)
+                if state is None or state.search is None:
+                    continue
+                hypotheses = self._advance_search(state, group)
             published += hypotheses
-            self._call_back(request_id, state, hypotheses)
-        for request_id in {update.request_id for update in updates}:
-            if request_id in self._requests and not self.scheduler.has_request(request_id):
-                self._finish(request_id, [])
+            self._call_back(state, hypotheses)
+        with self._lock:
+            for update in published:
+                request_id = update.request_id
+                if request_id in self._requests and not self.scheduler.has_request(request_id):
+                    self._finish(request_id, [])
         return published
 
-    def _call_back(
-        self, request_id: abc.Hashable, state: RequestState, updates: list[SequenceUpdate]
-    ) -> None:
-        """Call a request's callback; an exception in it ends this request, and no other."""
+    def _record(self, state: RequestState, update: SequenceUpdate) -> list[SequenceUpdate]:
+        """Record an update. If its text cannot be decoded, its request ends: returns the
+        updates of the sequences that this ends.
+        """
         try:
-            if state.callback is not None:
-                for update in updates:
-                    state.callback(update)
+            state.record(update)
+            return []
         except Exception as error:
-            state.callback = None
-            state.output.error = f"the callback raised {type(error).__name__}: {error}"
-            if self._requests.get(request_id) is state:
-                self._finish(request_id, self.scheduler.abort(request_id, "error"))
-        except BaseException as interrupt:
-            self._interrupt = interrupt
+            words = sentence("text", error)
+        ended = self._end(update.request_id, words)
+        if update.finish_reason is not None:  # this sequence had ended already
+            update.fail(words)
+            state.record(update)
+        return ended
+
+    def _end(self, request_id: abc.Hashable, error: str) -> list[SequenceUpdate]:
+        """End a request that has failed; returns an update for each sequence that this ends."""
+        ended = self.scheduler.abort(request_id, "error")
+        return [SequenceUpdate(sequence, [], "error", error=error) for sequence in ended]
+
+    def _advance_search(
+        self, state: RequestState, group: list[SequenceUpdate]
+    ) -> list[SequenceUpdate]:
+        """The beams of a search go on, or it is over: returns its hypotheses then."""
+        assert state.search is not None
+        dropped = [update.sequence for update in group if update.finish_reason == "dropped"]
+        survivors = [update.sequence for update in group if update.finish_reason is None]
+        state.output.preemptions += sum(sequence.preemptions for sequence in dropped)
+        try:
+            if survivors:
+                state.search.follow(survivors)
+                return []
+            return state.finish_search(dropped)
+        except Exception as error:
+            words = sentence("beam search", error)
+        state.output.outputs = []
+        updates = self._end(state.request.request_id, words)
+        if not updates:  # the search was over
+            updates = [
+                SequenceUpdate(one.finish("error"), [], "error", error=words) for one in dropped
+            ]
+        for update in updates:
+            state.record(update)
+        return updates
+
+    def _call_back(
+        self, state: RequestState, updates: list[SequenceUpdate]
+    ) -> list[SequenceUpdate]:
+        """Call a request's callback. An exception in it ends this request, and no other:
+        returns the updates of the sequences that this ends.
+        """
+        if state.callback is None:
+            return []
+        for delivered, update in enumerate(updates):
+            try:
+                state.callback(update)
+            except Exception as error:
+                state.callback = None
+                words = sentence("callback", error)
+                with self._lock:
+                    if self._requests.get(update.request_id) is not state:
+                        return []  # it has aborted its request before it failed
+                    for undelivered in updates[delivered:]:
+                        if undelivered.finish_reason is not None:
+                            undelivered.fail(words)
+                            state.mark_failed(undelivered)
+                    state.output.error = state.output.error or words
+                    return self._end(update.request_id, words)
+            except BaseException as interrupt:
+                self._interrupt = interrupt
+        return []
 
     def _finish(self, request_id: abc.Hashable, cut_off: list[Sequence]) -> None:
         """Move a request to the results, with the tokens of sequences that end only now."""

@@ -77,6 +77,17 @@ class KVManager(Protocol):
     def blocks(self, sequence: Sequence) -> tuple[int, ...]:
         """The block table, as plans state it."""
 
+    def hold(self, copies: Copies) -> None:
+        """Keep the blocks that these copies read as they are until ``unhold``, even if their
+        owners release them.
+        """
+
+    def unhold(self, copies: Copies) -> None:
+        """These copies have been made, or given up."""
+
+    def forget_prefixes(self) -> None:
+        """Forget every cached prefix; called while no sequence has memory."""
+
     @property
     def allocated(self) -> int:
         """Slots that sequences hold, used or not."""
@@ -185,6 +196,19 @@ class PagedKVManager:
     def blocks(self, sequence: Sequence) -> tuple[int, ...]:
         """The sequence's block table."""
         return tuple(self._tables[sequence].blocks)
+
+    def hold(self, copies: Copies) -> None:
+        """Keep the sources of copies from being given away before they are read."""
+        for source, _ in copies:
+            self.pool.hold(source)
+
+    def unhold(self, copies: Copies) -> None:
+        """The sources of these copies may be given away."""
+        for source, _ in copies:
+            self.pool.unhold(source)
+
+    def forget_prefixes(self) -> None:
+        """Nothing is cached."""
 
     def _headroom(self, alone: bool) -> int:
         """Blocks that must stay free at an admission."""

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from collections import abc
 from dataclasses import dataclass
+from operator import is_
 from typing import NamedTuple
 
 from refllm.backend import Array, asarray_like, finite_argmax, to_numpy
@@ -40,7 +41,8 @@ from refllm.decode.speculative.interface import ModelLike
 from refllm.decode.speculative.verification import verify
 from refllm.kv.paged import PagedKVCache
 from refllm.model.llama import forward, logits
-from refllm.serve.beam_search import advance_searches
+from refllm.serve.beam_search import BeamSearch
+from refllm.serve.isolation import Failures, compute_isolated, sentence
 from refllm.serve.plan import FAILED, Outcome, Plan, SequenceKey, slots_of
 from refllm.serve.request import Request, Sequence
 from refllm.serve.request_state import RequestState, SequenceState
@@ -67,20 +69,26 @@ class ModelRunner:
 
     def __init__(self, model: ModelLike, cache: PagedKVCache):
         self.cache = cache
-        self._capture(model)
+        self._parts: list[object] = []
+        self.capture(model)
 
-    def _capture(self, model: ModelLike) -> None:
-        self._weights = model.weights
-        self._decode_step = make_decode_step(model.weights, model.config)
-
-    def execute(
-        self, plan: Plan, sequences: abc.Iterable[Sequence], model: ModelLike
-    ) -> Array | None:
-        """Compute a plan → z[R, V], or None if R = 0. ``sequences`` are those of
-        ``plan.items``, in the same order.
+    def capture(self, model: ModelLike) -> bool:
+        """Compute with the model's weights as they are now; whether any has been replaced
+        since the last call. (Arrays that were changed in place are the same arrays.)
         """
-        if model.weights is not self._weights:  # the user has replaced them
-            self._capture(model)
+        parts = _weight_parts(model)
+        if len(parts) == len(self._parts) and all(map(is_, parts, self._parts)):
+            return False
+        self._parts = parts
+        self._weights = model.weights
+        self._config = model.config
+        self._decode_step = make_decode_step(model.weights, model.config)
+        return True
+
+    def execute(self, plan: Plan, sequences: abc.Iterable[Sequence]) -> Array | None:
+        """Compute a plan → z[R, V], or None if R = 0. ``sequences`` are those of
+        ``plan.items``, in the same order. The weights are those of the last ``capture``.
+        """
         cache = self.cache
         cache.copy(plan.copies)
         if not plan.items:
@@ -111,8 +119,17 @@ class ModelRunner:
             return self._decode_step(tokens, positions, attend)  # [R, V]
         ids, places = asarray_like([tokens, positions], cache.keys, "int64")  # [T], [T]
         sampled_rows = asarray_like(rows, cache.keys, "int64")  # [R]
-        hidden = forward(model.weights, model.config, ids, places, attend, sampled_rows)  # [R, N]
-        return logits(model.weights, hidden) if rows else None
+        hidden = forward(self._weights, self._config, ids, places, attend, sampled_rows)  # [R, N]
+        return logits(self._weights, hidden) if rows else None
+
+
+def _weight_parts(model: ModelLike) -> list[object]:
+    """The record of the weights and every weight in it: what may be replaced."""
+    weights = model.weights
+    parts: list[object] = [weights, *weights.values()]
+    for layer in weights["layers"]:
+        parts += layer.values()
+    return parts
 
 
 def _padding(plan: Plan) -> list[tuple[int, int, int]]:
@@ -134,7 +151,12 @@ class SamplingInput:
     q: Array | None = None  # q[drafts, V], if its drafts were sampled
     processors: LogitsProcessors | None = None  # None: they change nothing
     best: abc.Sequence[int] = ()  # argmax of each row, once sampled
-    error: str | None = None  # what one of its own processors raised
+    error: str | None = None  # why its request has failed
+
+    def fail(self, point: str, error: Exception) -> None:
+        """Something of its request has raised ``error``."""
+        if self.error is None:
+            self.error = sentence(point, error)
 
     @property
     def request(self) -> Request:
@@ -158,42 +180,100 @@ def sample_outcomes(
     requests: abc.Mapping[abc.Hashable, RequestState],
     draft_q: abc.Mapping[SequenceKey, Array | None],
     z: Array,
+    failures: Failures,
 ) -> list[Outcome]:
     """z[R, V] → an outcome for each sequence of ``plan.sampling``, in the same order.
 
     ``sequences`` are those of ``plan.items``; ``draft_q`` has the q of drafts that were
-    sampled from one.
+    sampled from one. ``failures`` gets the requests that the caller has to end.
     """
+    inputs = _sampling_inputs(plan, sequences, requests, draft_q)
+    healthy = [one for one in inputs if one.error is None]
+    healthy, processed = compute_isolated(healthy, lambda some: process_inputs(z, some), "logits")
+    if processed is not None:
+        z = processed
+    sampled = dict(zip(map(id, healthy), sample_tokens(z, healthy), strict=True))
+    outcomes = [_consume(one, sampled.get(id(one))) for one in inputs]
+    searches: dict[abc.Hashable, list[int]] = {}  # request → places of its beams in ``inputs``
+    for i, one in enumerate(inputs):
+        if one.request.beam:
+            searches.setdefault(one.request.request_id, []).append(i)
+    for request_id, places in searches.items():
+        search = requests[request_id].search
+        assert search is not None
+        _advance_search(search, [inputs[i] for i in places], z, outcomes, places)
+    for one in inputs:
+        if one.error is not None:
+            failures.setdefault(one.request.request_id, one.error)
+    return outcomes
+
+
+def _sampling_inputs(
+    plan: Plan,
+    sequences: list[Sequence],
+    requests: abc.Mapping[abc.Hashable, RequestState],
+    draft_q: abc.Mapping[SequenceKey, Array | None],
+) -> list[SamplingInput]:
+    """The sequences that are sampled, with their states, rows and drafts' q."""
     inputs: list[SamplingInput] = []
     row = 0
     for sequence, item in zip(sequences, plan.items, strict=True):
-        if item.samples:
-            state = requests[sequence.request.request_id]
-            states = state.continuation_states(sequence)
-            rows = slice(row, row + item.samples)
-            q = draft_q.get(sequence.key) if sequence.drafts else None
-            inputs.append(SamplingInput(sequence, states, rows, q, state.processors))
-            row += item.samples
-    z = process_inputs(z, inputs)
-    outcomes: list[Outcome] = []
-    for one, continuations in zip(inputs, sample_tokens(z, inputs), strict=True):
-        if continuations is None:
-            message = one.error or "the logits have no largest one: NaN, +inf or nothing but -inf"
-            requests[one.request.request_id].output.error = message
-            outcomes.append(FAILED)
+        if not item.samples:
             continue
+        state = requests[sequence.request.request_id]
+        rows = slice(row, row + item.samples)
+        row += item.samples
+        q = draft_q.get(sequence.key) if sequence.drafts else None
+        one = SamplingInput(sequence, [], rows, q, state.processors)
+        try:
+            one.states = state.continuation_states(sequence)
+        except Exception as error:
+            one.fail("state", error)
+        inputs.append(one)
+    return inputs
+
+
+def _consume(one: SamplingInput, continuations: list[list[int]] | None) -> Outcome:
+    """The outcome of one sequence: its tokens up to where its text ends; its drafter learns
+    how many drafts were accepted.
+    """
+    if one.error is not None or continuations is None:
+        return FAILED
+    try:
         pairs = zip(one.states, continuations, strict=True)
-        outcomes.append([state.consume(tokens) for state, tokens in pairs])
-        drafter = one.states[0].drafter
-        if one.sequence.drafts and drafter is not None:
+        outcome = [state.consume(tokens) for state, tokens in pairs]
+    except Exception as error:
+        one.fail("text", error)
+        return FAILED
+    drafter = one.states[0].drafter
+    if one.sequence.drafts and drafter is not None:
+        try:
             drafter.observe(one.best, len(continuations[0]) - 1)
-    if any(one.request.beam for one in inputs):
-        searches = {
-            one.request.request_id: requests[one.request.request_id].search for one in inputs
-        }
-        first_rows = [one.rows.start for one in inputs]
-        advance_searches(searches, [one.sequence for one in inputs], first_rows, z, outcomes)
-    return outcomes
+        except Exception as error:
+            one.fail("observe", error)
+            return FAILED
+    return outcome
+
+
+def _advance_search(
+    search: BeamSearch,
+    beams: list[SamplingInput],
+    z: Array,
+    outcomes: list[Outcome],
+    places: list[int],
+) -> None:
+    """Replace the outcomes of beams, which stand at ``places``, by those of their search; all
+    beams of a search are sampled in the same step.
+    """
+    decided: list[Outcome] = [FAILED] * len(beams)
+    if all(one.error is None for one in beams):
+        rows = asarray_like([one.rows.start for one in beams], z, "int64")
+        try:
+            decided = search.advance([one.sequence for one in beams], z[rows])
+        except Exception as error:
+            beams[0].fail("beam search", error)
+    for place, outcome in zip(places, decided, strict=True):
+        outcomes[place] = outcome
 
 
 def process_inputs(z: Array, inputs: abc.Sequence[SamplingInput]) -> Array:
@@ -202,36 +282,34 @@ def process_inputs(z: Array, inputs: abc.Sequence[SamplingInput]) -> Array:
     """
     if all(one.processors is None for one in inputs):
         return z
-    rows: list[Row | None] = []
-    owners: list[SamplingInput] = []  # of each row
+    rows: list[Row | None] = [None] * int(z.shape[0])
+    owners: dict[int, SamplingInput] = {}  # row → whose it is
     for one in inputs:
-        owners += [one] * one.num_rows
         if one.processors is None:
-            rows += [None] * one.num_rows
             continue
         output = one.sequence.output
         for i in range(one.num_rows):
+            row = one.rows.start + i
+            owners[row] = one
             follows = [*output, *one.sequence.drafts[:i]]
-            rows.append(Row(one.processors, one.request.prompt, follows))
-
-    def fail(row: int, error: Exception) -> None:
-        owners[row].error = f"a logits processor raised {type(error).__name__}: {error}"
-
-    return process_rows(z, rows, fail)
+            rows[row] = Row(one.processors, one.request.prompt, follows)
+    return process_rows(z, rows, lambda row, error: owners[row].fail("processor", error))
 
 
 def sample_tokens(z: Array, inputs: abc.Sequence[SamplingInput]) -> list[list[list[int]] | None]:
     """z[R, V], after the logits processors → for each input the next tokens of each
-    continuation; None if it has an ``error``, or a row of its logits no largest one.
+    continuation; None, and an ``error``, for one that cannot be sampled.
     """
     best = finite_argmax(z)
     sampled: list[list[list[int]] | None] = [None] * len(inputs)
     drawn: list[int] = []  # inputs with a temperature
     for i, one in enumerate(inputs):
         one.best = best[one.rows]
-        if one.error is not None or min(one.best) < 0:
+        if one.error is not None:
             continue
-        if one.params.temperature:
+        if min(one.best) < 0:
+            one.error = "the logits have no largest one: NaN, +inf or nothing but -inf"
+        elif one.params.temperature:
             drawn.append(i)
         else:
             tokens = _accepted_tokens(one.best, one.sequence.drafts)
@@ -250,17 +328,24 @@ def _accepted_tokens(tokens: abc.Sequence[int], drafts: abc.Sequence[int]) -> li
     return list(tokens[: accepted + 1])
 
 
-def _draw(z: Array, inputs: abc.Sequence[SamplingInput]) -> list[list[list[int]]]:
-    """Inputs with a temperature: process all their rows at once, then draw one token per row
-    and continuation.
-    """
+def _distributions(z: Array, inputs: abc.Sequence[SamplingInput]) -> Array:
+    """z[R, V] → p[P, V] of all rows of some inputs, each with its own parameters."""
     params = [one.params for one in inputs for _ in range(one.num_rows)]
     rows = [row for one in inputs for row in range(one.rows.start, one.rows.stop)]
-    p = sampling.distribution(z[asarray_like(rows, z, "int64")], params)  # [P, V]
+    return sampling.distribution(z[asarray_like(rows, z, "int64")], params)
+
+
+def _draw(z: Array, inputs: list[SamplingInput]) -> list[list[list[int]] | None]:
+    """Inputs with a temperature: process all their rows at once, then draw one token per row
+    and continuation; None, and an ``error``, for one that cannot be drawn.
+    """
+    healthy, p = compute_isolated(inputs, lambda some: _distributions(z, some), "sampling")
+    if p is None:
+        return [None] * len(inputs)
     picks: list[int] = []  # rows of p, repeated where several continuations draw from one
     uniforms: list[float] = []
     first = 0
-    for one in inputs:
+    for one in healthy:
         position = len(one.sequence.output)
         if one.q is None:
             for state in one.states:
@@ -269,19 +354,20 @@ def _draw(z: Array, inputs: abc.Sequence[SamplingInput]) -> list[list[list[int]]
         first += one.num_rows
     tokens: list[int] = []
     if picks:
-        if picks != list(range(len(rows))):
+        if picks != list(range(first)):
             picked = p[asarray_like(picks, p, "int64")]  # [U, V]
         else:
             picked = p
         tokens = to_numpy(sampling.sample(picked, asarray_like(uniforms, p, "float64"))).tolist()
-    return _split_by_input(inputs, p, tokens)
+    drawn = dict(zip(map(id, healthy), _split_by_input(healthy, p, tokens), strict=True))
+    return [drawn.get(id(one)) for one in inputs]
 
 
 def _split_by_input(
     inputs: abc.Sequence[SamplingInput], p: Array, tokens: list[int]
-) -> list[list[list[int]]]:
+) -> list[list[list[int]] | None]:
     """The drawn tokens of each input and continuation; drafts with a q are verified here."""
-    split: list[list[list[int]]] = []
+    split: list[list[list[int]] | None] = []
     row = 0
     at = 0
     for one in inputs:
@@ -295,7 +381,11 @@ def _split_by_input(
             split.append(continuations)
         else:
             target = p[row : row + count]  # [1 + drafts, V]
-            accepted, token = verify(target, one.q[: count - 1], drafts, one.states[0].rng)
-            split.append([[*drafts[:accepted], token]])
+            try:
+                accepted, token = verify(target, one.q[: count - 1], drafts, one.states[0].rng)
+                split.append([[*drafts[:accepted], token]])
+            except Exception as error:
+                one.fail("verification", error)
+                split.append(None)
         row += count
     return split

@@ -60,7 +60,11 @@ class PaddingRow(NamedTuple):
 
 @dataclass
 class Plan:
-    """A step. Copies come first, in their order; ``items`` are in the order of planning.
+    """A step; ``items`` are in the order of planning.
+
+    Copies come first. Nothing else in the plan touches what they read: no copy goes into a
+    block that another one reads, and where the block is written in the same step, it is
+    behind the tokens that are copied. So a device may copy and write at the same time.
 
     >>> prefill = ScheduledSequence(("a", 0), start=0, count=3, blocks=(4, 1), samples=1)
     >>> decode = ScheduledSequence(("b", 0), start=5, count=1, blocks=(2, 0, 3), samples=1)
@@ -124,10 +128,21 @@ class Plan:
         assert len(set(written)) == len(written), "two sequences write one slot"
         targets = [target for _, target in self.copies]
         assert len(set(targets)) == len(targets), "two copies into one block"
+        self._check_copies(set(targets), set(written))
         if self.block_size:
             touched = {slot // self.block_size for slot in written}
             holders = [b for item in self.items for b in item.blocks if b in touched]
             assert len(set(holders)) == len(holders), "a block that is written is shared"
+
+    def _check_copies(self, targets: set[int], written: set[int]) -> None:
+        """AssertionError if a copy could read what the same step has changed already."""
+        b = self.block_size
+        start_of = {item.blocks[item.start // b]: item.start for item in self.items if self.copies}
+        for source, target in self.copies:
+            assert source not in targets, "a copy reads what another one writes"
+            used = start_of[target] % b  # tokens of the block that are copied
+            read = range(source * b, source * b + used)
+            assert written.isdisjoint(read), "a token is written where a copy reads"
 
 
 def _check_item(item: ScheduledSequence, block_size: int) -> None:
@@ -188,12 +203,14 @@ class PlanBuilder:
         if self.budget_left is not None:
             self.budget_left -= count
 
-    def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out, if it is scheduled; its tokens go back into the budget."""
+    def remove(self, sequence: Sequence) -> Copies:
+        """Take a sequence out, if it is scheduled; its tokens go back into the budget. Returns
+        the copies that are not needed any more.
+        """
         item = self.items.pop(sequence, None)
-        self.copies.pop(sequence, None)
         if item is not None and self.budget_left is not None:
             self.budget_left += item.count
+        return self.copies.pop(sequence, [])
 
 
 class SampledTokens(NamedTuple):
@@ -208,7 +225,7 @@ class SampledTokens(NamedTuple):
 
 
 Outcome = abc.Sequence[SampledTokens]
-FAILED: Outcome = (SampledTokens((), "error"),)  # of logits without a largest one
+FAILED: Outcome = (SampledTokens((), "error"),)  # of a sequence whose request has failed
 
 
 @dataclass(slots=True)
@@ -223,6 +240,13 @@ class SequenceUpdate:
     tokens: list[int]
     finish_reason: str | None = None  # None: more will come
     text: str = ""
+    error: str | None = None  # what went wrong, if the reason is "error"
+
+    def fail(self, error: str) -> None:
+        """What was to be the end of the sequence has itself failed."""
+        self.sequence.finish("error")
+        self.finish_reason = "error"
+        self.error = error
 
     @property
     def request_id(self) -> abc.Hashable:

@@ -25,6 +25,7 @@ from refllm.kv.block_pool import BlockPool, BlockTable, Key
 from refllm.kv.hash_prefix import Hasher, PrefixCache, sha256_key
 from refllm.kv.radix_node import Node
 from refllm.kv.radix_tree import RadixCache
+from refllm.serve.isolation import RequestFailure
 from refllm.serve.kv_manager import PagedKVManager
 from refllm.serve.request import Sequence
 
@@ -52,9 +53,13 @@ class HashKVManager(PagedKVManager):
         self._keys: dict[Sequence, list[Key]] = {}
 
     def _find(self, sequence: Sequence) -> list[int]:
-        """The cached blocks of the longest prefix."""
+        """The cached blocks of the longest prefix. RequestFailure if the hasher raises."""
         keys = self._keys.setdefault(sequence, [])
-        return self.cache.match(sequence.tokens, salt=sequence.request.salt, keys=keys)
+        request = sequence.request
+        try:
+            return self.cache.match(sequence.tokens, salt=request.salt, keys=keys)
+        except Exception as error:
+            raise RequestFailure(request.request_id, "prefix", error) from error
 
     def match(self, sequence: Sequence) -> int:
         """Tokens in the blocks that would be found."""
@@ -73,19 +78,30 @@ class HashKVManager(PagedKVManager):
         return True
 
     def commit(self, sequence: Sequence) -> None:
-        """Enter the blocks that became full."""
+        """Enter the blocks that became full. RequestFailure if the hasher raises: the tokens
+        are committed then, and no block is entered.
+        """
         table = self._tables[sequence]
         full = table.length // self.block_size
         super().commit(sequence)
         if table.length // self.block_size > full:
             keys = self._keys[sequence]
-            self.cache.insert(table, sequence.tokens, keys, salt=sequence.request.salt)
+            request = sequence.request
+            try:
+                self.cache.extend(keys, sequence.tokens[: table.length], request.salt)
+            except Exception as error:
+                raise RequestFailure(request.request_id, "prefix", error) from error
+            self.cache.insert(table, sequence.tokens, keys, salt=request.salt)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """The child starts with the hashes of the full blocks that it shares."""
         super().fork(parent, child)
         full = self._tables[child].length // self.block_size
         self._keys[child] = self._keys[parent][:full]
+
+    def forget_prefixes(self) -> None:
+        """Drop the key of every block."""
+        self.pool.forget_all()
 
     def release(self, sequence: Sequence, *, preempted: bool = False) -> None:
         """A preempted sequence keeps its hashes: it will look for its blocks again."""
@@ -157,6 +173,10 @@ class RadixKVManager(PagedKVManager):
             self._insert(sequence)
             self.cache.unlock(self._nodes.pop(sequence)[0])
         super().release(sequence)
+
+    def forget_prefixes(self) -> None:
+        """Evict the whole tree."""
+        self.cache.evict(self.cache.evictable)
 
     def _insert(self, sequence: Sequence) -> None:
         """Insert the whole pages of [0, computed) into the tree; from then on the sequence

@@ -16,6 +16,7 @@ Left out: log-probabilities of the chosen tokens.
 from __future__ import annotations
 
 from collections import abc
+from dataclasses import replace
 
 import numpy as np
 
@@ -127,17 +128,14 @@ class RequestState:
         self,
         request: Request,
         callback: Callback | None,
-        seed: int,
         model: ModelLike,
         make_drafter: abc.Callable[[], Drafter] | None = None,
         processors: LogitsProcessors | None = None,
     ):
-        """``seed`` is the request's own, or one that the engine drew for it; ``processors``
-        are those of ``logits_processors``.
-        """
+        """``processors`` are those of ``logits_processors``."""
         self.request = request
         self.callback = callback
-        self.seed = seed
+        self.seed = request.seed or 0  # the engine draws one for a request that has none
         self.tokenizer = model.tokenizer
         self.end_tokens: frozenset[int] = frozenset()
         if not request.ignore_eos:
@@ -176,8 +174,17 @@ class RequestState:
             state.roll_back(sequence.output)
 
     def record(self, update: SequenceUpdate) -> None:
-        """Fill in the text of an update; keep the sequence's output if it has finished."""
+        """Fill in the text of an update; keep the sequence's output if it has finished.
+
+        Raises what the tokenizer raises, before the output is kept; never for a sequence
+        that was aborted or has failed.
+        """
         sequence = update.sequence
+        if self.output.error is None:
+            self.output.error = update.error
+        if update.finish_reason in ("abort", "error"):
+            self._record_cut_off(update)
+            return
         state = self.sequence_state(sequence.index)
         update.text = state.take_text(finished=update.finish_reason is not None)
         if update.finish_reason is None:
@@ -186,6 +193,39 @@ class RequestState:
         text = None if state.detokenizer is None else state.detokenizer.text
         self._add_output(sequence, text)
         self.output.preemptions += sequence.preemptions
+
+    def _record_cut_off(self, update: SequenceUpdate) -> None:
+        """Keep what a sequence has that was aborted or has failed, perhaps in the middle of a
+        step: its text is decoded again, as its detokenizer may be ahead of its tokens.
+        """
+        sequence = update.sequence
+        state = self._sequences.get(sequence.index)
+        published = ""
+        if state is not None and state.detokenizer is not None:
+            published = state.detokenizer.text
+        try:
+            text = self._decode(sequence.output)
+        except Exception:  # this may be the very reason why it has failed
+            text = published
+        if state is not None and state.detokenizer is not None:
+            update.text = text[len(published) :]
+        self._add_output(sequence, text)
+        self.output.preemptions += sequence.preemptions
+
+    def _decode(self, tokens: abc.Sequence[int]) -> str:
+        """The text of an output, up to a stop string."""
+        detokenizer = Detokenizer(self.tokenizer, self.request.stop)
+        for token in tokens:
+            detokenizer.push(token)
+        detokenizer.flush()
+        return detokenizer.take()
+
+    def mark_failed(self, update: SequenceUpdate) -> None:
+        """The output of an update is kept already, and could not be delivered."""
+        self.output.outputs = [
+            replace(output, finish_reason="error") if output.index == update.index else output
+            for output in self.output.outputs
+        ]
 
     def finish_search(self, dropped: list[Sequence]) -> list[SequenceUpdate]:
         """The search is over, and its beams were ``dropped``: one update for each hypothesis,

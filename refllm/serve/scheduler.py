@@ -40,6 +40,7 @@ from __future__ import annotations
 from refllm.errors import InputError
 from refllm.serve.admission import Order, order_named
 from refllm.serve.base_scheduler import BaseScheduler
+from refllm.serve.isolation import RequestFailure
 from refllm.serve.kv_manager import KVManager
 from refllm.serve.plan import Plan, PlanBuilder
 from refllm.serve.request import Request, Sequence, SequenceStatus
@@ -90,11 +91,15 @@ class Scheduler(BaseScheduler):
     def plan(self) -> Plan:
         """Decide the next step."""
         step = self._begin_plan()
-        self._schedule_running(step)
-        if not step.plan.preempted:
-            self._admit(step)
-            if not step.items:  # only beams were admitted, all cached except for their last tokens
-                self._schedule_running(step)
+        try:
+            self._schedule_running(step)
+            if not step.plan.preempted:
+                self._admit(step)
+                if not step.items:  # only beams were admitted, all cached but their last tokens
+                    self._schedule_running(step)
+        except BaseException:
+            self._abandon(step)
+            raise
         return self._finish_plan(step)
 
     def _schedule_running(self, step: PlanBuilder) -> None:
@@ -145,6 +150,8 @@ class Scheduler(BaseScheduler):
                 return
             copies = self.memory.reserve(sequence, count)
         step.add(sequence, count, self.memory.blocks(sequence), copies)
+        if copies:
+            self.memory.hold(copies)
 
     def _share(self, step: PlanBuilder, wanted: int, sequence: Sequence) -> int:
         """How many of the ``wanted`` tokens a sequence may compute in this step."""
@@ -159,12 +166,25 @@ class Scheduler(BaseScheduler):
     def _preempt_group(self, step: PlanBuilder, sequences: list[Sequence]) -> None:
         """Preempt sequences; what they had of this step goes back into the budget."""
         for sequence in reversed(sequences):
-            step.remove(sequence)
+            self.memory.unhold(step.remove(sequence))
             step.plan.preempted.append(sequence.key)
             self._preempt(sequence)
 
     def _admit(self, step: PlanBuilder) -> None:
-        """Admit waiting sequences until one does not fit."""
+        """Admit waiting sequences until one does not fit; a request that fails meanwhile ends,
+        and the others are admitted without it.
+        """
+        while True:
+            try:
+                self._admit_waiting(step)
+                return
+            except RequestFailure as failure:
+                for sequence in self.fail(failure.request_id, str(failure)):
+                    self.memory.unhold(step.remove(sequence))
+                    step.plan.admitted = [key for key in step.plan.admitted if key != sequence.key]
+
+    def _admit_waiting(self, step: PlanBuilder) -> None:
+        """Admit the candidates of the order while tokens, sequence slots and memory last."""
         free = None  # sequence slots; None: no limit
         if self.max_sequences is not None:
             free = self.max_sequences - sum(sequence.slots for sequence in self.running)

@@ -85,6 +85,11 @@ class SwappingKVManager(PagedKVManager):
                 self.dropped += 1
         super().release(sequence)
 
+    def forget_prefixes(self) -> None:
+        """Drop what is on the host: it is recomputed."""
+        for sequence in list(self._on_host):
+            self._leave_host(sequence)
+
     def check(self) -> None:
         """A sequence is on one side of the link only, and the host is not overfull."""
         super().check()

@@ -67,6 +67,15 @@ class _Contiguous:
         """The first slot alone."""
         return (self._reservations[sequence].first,)
 
+    def hold(self, copies: Copies) -> None:
+        """There are no copies."""
+
+    def unhold(self, copies: Copies) -> None:
+        """There are no copies."""
+
+    def forget_prefixes(self) -> None:
+        """Nothing is cached."""
+
 
 class ReservedKVManager(_Contiguous):
     """One range per request, sized by one of ``RULES``; ``buddy`` rounds up to powers of two,
