@@ -5,9 +5,8 @@ raises must not reach the others: the request ends with ``finish_reason`` ``"err
 sentence in ``RequestOutput.error``. An error of the engine's own (the model, memory,
 ``on_plan``) has no request to end: the step is rolled back, and the error is raised.
 
-``POINTS`` lists every place where a step uses something of a request. The engine's tests plant
-a failure at each of them, and fail if one is listed without a test, or used without being
-listed.
+``POINTS`` lists every place where a step uses something of a request. The engine's tests make
+each of them fail, and notice one that is listed without a test, or used without being listed.
 
 How a failure is kept apart:
 
