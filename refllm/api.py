@@ -24,6 +24,7 @@ import numpy as np
 from refllm.array_types import Array
 from refllm.backend import asarray_like, namespace, to_numpy
 from refllm.checkpoints import loading
+from refllm.checkpoints.chat_template import ChatTemplates
 from refllm.checkpoints.loading import BUNDLED, bundled, locate
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.decode.detokenizer import StopStrings, Utf8Stream
@@ -78,7 +79,13 @@ def load(
     (2, 4096)
     """
     loaded = loading.load(locate(path_or_name), backend=backend, dtype=dtype, weights=weights)
-    return Model(loaded.config, loaded.weights, loaded.tokenizer, storage=loaded.storage)
+    return Model(
+        loaded.config,
+        loaded.weights,
+        loaded.tokenizer,
+        storage=loaded.storage,
+        chat_templates=loaded.chat_templates,
+    )
 
 
 class Model:
@@ -95,12 +102,14 @@ class Model:
         tokenizer: Tokenizer,
         *,
         storage: str = "weights in memory",
+        chat_templates: ChatTemplates | None = None,
     ):
         """Keep the parts; nothing is copied."""
         self.config = config
         self.weights = weights
         self.tokenizer = tokenizer
         self.storage = storage
+        self.chat_templates = chat_templates or ChatTemplates()
 
     def __repr__(self) -> str:
         library = namespace(self.weights["norm"]).__name__

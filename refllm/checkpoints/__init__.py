@@ -9,6 +9,9 @@ In reading order:
 - ``tensor_files``: safetensors, and which tensors a network needs
 - ``writer``: files and directories that are either complete or absent
 - ``tokenizer``: text to token ids and back
+- ``chat_template``: messages as the text that a chat model was trained on;
+  ``chat_template_tokens`` its token ids, ``chat_template_files`` where templates are kept,
+  ``chat_template_sandbox`` Jinja, ``chat_template_text`` who wrote which character
 - ``gguf``: a network from a GGUF file, whose weights stay quantised
 - ``gguf_names``: names, row order and configuration in GGUF and in Hugging Face's format
 - ``gguf_tokenizer``: a tokenizer as GGUF metadata

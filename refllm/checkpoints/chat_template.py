@@ -23,7 +23,7 @@ Source: ``transformers.utils.chat_template_utils`` (names, settings, ``reasoning
 how a final message is continued).
 
 Left out: images, audio and video in messages; tools given as Python functions (pass their
-JSON schema); masks of what the assistant said.
+JSON schema); masks of the assistant's tokens.
 """
 
 from __future__ import annotations

@@ -255,15 +255,16 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def wrap_str_format(self, value: Any) -> Any:
         """The sandbox's ``str.format``; the text of a literal stays the template's."""
-        apply = super().wrap_str_format(value)
+        wrap: Any = super().wrap_str_format
+        apply = wrap(value)
         owner = getattr(value, "__self__", None)
         if apply is None or not isinstance(owner, TemplateText):
             return apply
 
         def formatted(*args: Any, **kwargs: Any) -> str:
             def format_plain(text: str) -> str:
-                method = getattr(text, value.__name__)
-                return ImmutableSandboxedEnvironment.wrap_str_format(self, method)(*args, **kwargs)  # type: ignore[misc]
+                result: str = wrap(getattr(text, value.__name__))(*args, **kwargs)
+                return result
 
             return owner.braces_formatted(format_plain)
 

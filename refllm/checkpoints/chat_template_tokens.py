@@ -20,8 +20,8 @@ Qwen3's ``<think>``, that stands in a literal of the template and is not white s
 
 Limits: a role of ``chat_template.ROLES`` counts as the template's. A template that takes its
 own control tokens apart by an operation that ``chat_template_text`` leaves out gets words. A
-message of the assistant is a message: what a model said in control tokens, and is not
-rendered from ``tool_calls`` or ``reasoning_content``, is read back as words.
+message of the assistant is a message too: control tokens in its content are read back as
+words, unless the template writes them from ``tool_calls`` or ``reasoning_content``.
 
 Left out: tokenizers whose vocabulary is no dictionary or list (refllm reads none).
 """

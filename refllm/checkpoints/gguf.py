@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 
 from refllm.backend import Array, Namespace, to_numpy
+from refllm.checkpoints.chat_template import ChatTemplates
+from refllm.checkpoints.chat_template_files import templates_from_metadata
 from refllm.checkpoints.gguf_names import (
     ROPE_FACTORS,
     config_from_metadata,
@@ -71,9 +73,9 @@ def open_file(path: str | Path) -> GGUFFile:
 
 def load(
     path: str | Path, xp: Namespace, dtype: str, weights: str = "stored"
-) -> tuple[ModelConfig, Weights, Tokenizer, str]:
-    """Config, weight tree, tokenizer, and how the weights are held in words, of a file, on
-    the library ``xp``; ``weights`` as in ``weight_storage``.
+) -> tuple[ModelConfig, Weights, Tokenizer, str, ChatTemplates]:
+    """Config, weight tree, tokenizer, how the weights are held in words, and chat templates
+    of a file, on the library ``xp``; ``weights`` as in ``weight_storage``.
 
     Raises
     ------
@@ -85,6 +87,7 @@ def load(
         tensors.check()
         tokenizer = tokenizer_from_metadata(file.metadata, str(path))
         check_vocabulary(tokenizer, tensors.config, Path(path))
+        templates = templates_from_metadata(file.metadata, str(path))
         chosen = choose(weights, tensors.stored(), dtype, xp, path)
         found: Mapping[str, Any] = tensors
         if chosen.decoded:
@@ -94,7 +97,7 @@ def load(
         if factors is not None:
             plain = rope_frequencies(tensors.config.head_dim, tensors.config.rope_theta)
             tree["rope_frequencies"] = xp.asarray(np.array(plain) / factors)  # [D/2]
-    return tensors.config, tree, tokenizer, chosen.summary
+    return tensors.config, tree, tokenizer, chosen.summary, templates
 
 
 class GGUFTensors(Mapping[str, Any]):

@@ -14,7 +14,7 @@ needs the memory of one model and one tensor, never of two models. Quantised wei
 quantised or are decoded one by one (``weight_storage``); only ``formats.layouts`` knows which
 tensors such a weight consists of. Pickled files are never opened.
 
-Left out: chat templates, quantised embeddings, tensors that the network does not use
+Left out: quantised embeddings, tensors that the network does not use
 (rejected, except for the rotary tables of old Llama files, which are recomputed).
 """
 
@@ -32,6 +32,8 @@ from typing import Any
 import numpy as np
 
 from refllm.backend import NUMPY, Array, Namespace, get
+from refllm.checkpoints.chat_template import ChatTemplates
+from refllm.checkpoints.chat_template_files import templates_from_directory
 from refllm.checkpoints.sources import BUNDLED as BUNDLED
 from refllm.checkpoints.sources import bundled as bundled
 from refllm.checkpoints.sources import is_gguf
@@ -68,8 +70,8 @@ _ITEMSIZE = {FLOAT: 4, FLOAT8: 1, "int8": 1, "int32": 4, "int64": 8}
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint: the network's shape, its weight tree, its tokenizer, its path, and
-    how the weights are held, in words.
+    """A loaded checkpoint: the network's shape, its weight tree, its tokenizer, its path, how
+    the weights are held, in words, and its chat templates, which there may be none of.
     """
 
     config: ModelConfig
@@ -77,6 +79,7 @@ class Checkpoint:
     tokenizer: Tokenizer
     path: Path
     storage: str
+    chat_templates: ChatTemplates
 
 
 def load(
@@ -113,18 +116,19 @@ def load(
     if is_gguf(path):
         from refllm.checkpoints import gguf  # a directory does not need GGUF's modules
 
-        config, tree, tokenizer, storage = gguf.load(path, xp, dtype, weights)
-        return Checkpoint(config, tree, tokenizer, Path(path), storage)
+        config, tree, tokenizer, storage, templates = gguf.load(path, xp, dtype, weights)
+        return Checkpoint(config, tree, tokenizer, Path(path), storage, templates)
     directory = _directory(path)
     config = read_config(directory)
     tokenizer = read_tokenizer(directory, config)
+    templates = templates_from_directory(directory)
     with open_tensors(directory, config, xp, dtype) as tensors:
         chosen = choose(weights, tensors.stored(), dtype, xp, directory)
         found: Mapping[str, Any] = tensors
         if chosen.decoded:
             found = Decoded(tensors, chosen.decoded)
         tree = build(config, found)
-    return Checkpoint(config, tree, tokenizer, directory, chosen.summary)
+    return Checkpoint(config, tree, tokenizer, directory, chosen.summary, templates)
 
 
 # --- configuration and tokenizer ------------------------------------------------------------

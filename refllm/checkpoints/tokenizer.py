@@ -9,9 +9,9 @@ The literal text of a special token, such as ``<|endoftext|>`` inside a document
 ordinary text here and never becomes the special token: a user's text must not end a
 document or start a system turn. The ``tokenizers`` library and ``transformers`` do the
 opposite by default; ``parse_special=True`` does so too, for prompts that are written with
-control tokens (chat templates). Either way the ids decode to the same text.
+control tokens (for chats see ``chat_template_tokens``). Either way the ids decode to the same text.
 
-Left out: training other kinds of tokenizers (``tokenizers`` loads them); chat templates;
+Left out: training other kinds of tokenizers (``tokenizers`` loads them);
 truncation and padding.
 """
 

@@ -87,7 +87,7 @@ def test_a_file_that_is_overwritten_after_loading_changes_no_weight(tmp_path, ty
     disk may become another model while this one answers.
     """
     path = make(tmp_path / "x.gguf", type=type)
-    config, weights, _, _ = load(path, np, dtype)
+    config, weights, *_ = load(path, np, dtype)
     layer = weights["layers"][1]
     assert isinstance(layer["up_proj"], GGUFLinear) is (type == "Q8_0")
     before = full_logits(weights, config)
@@ -121,7 +121,7 @@ def test_rope_factors_divide_the_frequencies(tmp_path):
     factors = rope_factors(config)
     assert factors is not None
     path = make(tmp_path / "x.gguf", config, extra={ROPE_FACTORS: factors})
-    loaded, weights, _, _ = load(path, np, "float64")
+    loaded, weights, *_ = load(path, np, "float64")
     assert loaded.rope_scaling == LLAMA3
     expected = rope_frequencies(16, config.rope_theta, LLAMA3)
     np.testing.assert_allclose(weights["rope_frequencies"], expected, rtol=2**-23)
