@@ -14,3 +14,7 @@ from __future__ import annotations
 
 class InputError(ValueError):
     """An argument, a file or an option that cannot be used; the message says what to do."""
+
+
+class UnsupportedModel(InputError):
+    """A configuration asks for something that refllm does not compute."""

@@ -9,6 +9,7 @@ import hashlib
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from hypothesis import strategies as st
@@ -182,3 +183,29 @@ def ggml_quantize(x: np.ndarray, type: str, importance: np.ndarray | None = None
     )
     assert written == out.nbytes
     return out
+
+
+def llama_cpp_logits(path: Path, ids: list[int]) -> np.ndarray:
+    """llama.cpp's logits [T, V]: F32 cache, one thread; for a test that is marked ``llamacpp``."""
+    llama_cpp = oracle("llama_cpp", "pip install llama-cpp-python")
+    parameters = llama_cpp.llama_model_default_params()
+    # weights repacked for AMX: 0.3.36 ends in a segmentation fault on small ones
+    parameters.use_extra_bufts = False
+    with mock.patch.object(
+        llama_cpp.llama_cpp, "llama_model_default_params", return_value=parameters
+    ):
+        model = llama_cpp.Llama(
+            str(path),
+            logits_all=True,
+            type_k=0,
+            type_v=0,
+            flash_attn=False,
+            n_threads=1,
+            n_threads_batch=1,
+            n_ctx=max(64, len(ids)),
+            verbose=False,
+        )
+    model.eval(ids)
+    scores = np.array(model.scores[: len(ids)])
+    model.close()
+    return scores

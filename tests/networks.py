@@ -18,8 +18,9 @@ from refllm.backend import to_numpy
 from refllm.checkpoints.tensor_files import tensor_shapes
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.model.attention import CausalAttend
-from refllm.model.config import ModelConfig, RopeScaling
+from refllm.model.config import ModelConfig
 from refllm.model.llama import forward, logits
+from refllm.model.rope import LinearScaling, Llama3Scaling, YarnScaling
 
 EPS = float(np.finfo(np.float64).eps)
 
@@ -29,7 +30,7 @@ VOCAB = 300
 TOKENS = np.random.default_rng(7).integers(0, VOCAB, 40)
 SIZES = {"vocab_size": VOCAB, "hidden_size": 40, "intermediate_size": 72, "num_hidden_layers": 3,
          "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
-LLAMA3 = RopeScaling(8.0, 1.0, 4.0, 32)
+LLAMA3 = Llama3Scaling(8.0, 1.0, 4.0, 32)
 NETWORKS = {
     "llama": ModelConfig("llama", **SIZES, head_dim=10, bos_token_id=0, eos_token_ids=(0,)),
     "llama-tied-mha": ModelConfig(
@@ -37,6 +38,12 @@ NETWORKS = {
     ),
     "llama3-rope": ModelConfig(
         "llama", **SIZES, head_dim=10, rope_theta=500.0, rope_scaling=LLAMA3, eos_token_ids=(1, 2)
+    ),
+    "llama-yarn": ModelConfig(
+        "llama", **SIZES, head_dim=16, rope_theta=500.0, rope_scaling=YarnScaling(4.0, 32, 1.2, 8.0)
+    ),
+    "qwen3-linear": ModelConfig(
+        "qwen3", **SIZES, head_dim=16, qk_norm=True, rope_scaling=LinearScaling(4.0)
     ),
     "mistral-window": ModelConfig("mistral", **SIZES, head_dim=16, sliding_window=7),
     "mistral-no-window": ModelConfig("mistral", **SIZES, head_dim=10),

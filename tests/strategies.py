@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from refllm.model.config import ModelConfig, RopeScaling
+from refllm.model.config import ModelConfig
+from refllm.model.rope import LinearScaling, Llama3Scaling, YarnScaling
 
 KINDS = ("normal", "outlier_column", "zero", "constant", "denormal", "extreme", "one_sided")
 seeds = st.integers(0, 2**32 - 1)
@@ -79,6 +80,14 @@ def partitions(
     return parts if empty else [p for p in parts if p > 0]
 
 
+ROPE_SCALINGS = (
+    None,
+    LinearScaling(3.0),
+    Llama3Scaling(8.0, 1.0, 4.0, 16),
+    YarnScaling(4.0, 24, 1.25, beta_fast=4.0),
+)
+
+
 @st.composite
 def model_configs(
     draw: st.DrawFn, *, families: Sequence[str] = ("llama", "mistral", "qwen2", "qwen3")
@@ -88,7 +97,7 @@ def model_configs(
     groups = draw(st.integers(1, 2))
     heads_per_group = draw(st.integers(1, 3))
     head_dim = draw(st.sampled_from([2, 4, 8]))
-    scaling = RopeScaling(8.0, 1.0, 4.0, 16) if family == "llama" and draw(st.booleans()) else None
+    scaling = draw(st.sampled_from(ROPE_SCALINGS))
     return ModelConfig(
         family=family,
         vocab_size=draw(st.integers(5, 40)),

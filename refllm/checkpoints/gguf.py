@@ -28,12 +28,12 @@ from refllm.backend import Array, Namespace, to_numpy
 from refllm.checkpoints.chat_template import ChatTemplates
 from refllm.checkpoints.chat_template_files import templates_from_metadata
 from refllm.checkpoints.gguf_names import (
-    ROPE_FACTORS,
     config_from_metadata,
     gguf_name,
     hf_name,
     permutation,
 )
+from refllm.checkpoints.gguf_rope import OWN_KEY, ROPE_FACTORS
 from refllm.checkpoints.gguf_tokenizer import tokenizer_from_metadata
 from refllm.checkpoints.tensor_files import (
     CheckpointError,
@@ -49,8 +49,8 @@ from refllm.formats.gguf.codec import dequantize
 from refllm.formats.gguf.linear import GGUFLinear
 from refllm.formats.gguf.reader import GGUFError, GGUFFile
 from refllm.model.config import ModelConfig
-from refllm.model.layers import rope_frequencies
 from refllm.model.llama import Weights, build
+from refllm.model.rope import rope_frequencies
 
 __all__ = ["GGUFTensors", "load", "open_file"]
 
@@ -95,8 +95,8 @@ def load(
         tree = build(tensors.config, found)
         factors = tensors.rope_factors
         if factors is not None:
-            plain = rope_frequencies(tensors.config.head_dim, tensors.config.rope_theta)
-            tree["rope_frequencies"] = xp.asarray(np.array(plain) / factors)  # [D/2]
+            scaled = np.array(tensors.scaled_by_keys)
+            tree["rope_frequencies"] = xp.asarray(scaled / factors)  # [D/2]
     return tensors.config, tree, tokenizer, chosen.summary, templates
 
 
@@ -116,6 +116,20 @@ class GGUFTensors(Mapping[str, Any]):
         self.where = file.path
         shapes = {name: record.shape for name, record in file.tensors.items()}
         self.config = config_from_metadata(file.metadata, shapes, str(file.path))
+
+    @property
+    def told(self) -> bool:
+        """Whether the config says what ``rope_freqs`` mean."""
+        return OWN_KEY in self.file.metadata
+
+    @property
+    def scaled_by_keys(self) -> list[float]:
+        """The D/2 RoPE frequencies before they are divided by ``rope_freqs``: scaled by the
+        keys of the metadata, unless the factors are the config's scaling themselves.
+        """
+        config = self.config
+        scaling = None if self.told else config.rope_scaling
+        return rope_frequencies(config.head_dim, config.rope_theta, scaling)
 
     @property
     def rope_factors(self) -> np.ndarray | None:

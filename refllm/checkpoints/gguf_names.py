@@ -7,7 +7,7 @@
 | blk.N.ffn_gate, _up, _down      | model.layers.N.mlp.gate_proj, up_proj, down_proj         |
 | blk.N.attn_norm, ffn_norm       | model.layers.N.input_layernorm, post_attention_layernorm |
 | blk.N.attn_q_norm, _k_norm      | model.layers.N.self_attn.q_norm, k_norm                  |
-| rope_freqs                      | none: Llama 3's RoPE scaling as one factor per pair      |
+| rope_freqs                      | none: a RoPE scaling as one factor per pair              |
 
 Architecture "llama" (Llama, Mistral) rotates neighbouring pairs, while Hugging Face's code
 pairs the halves of a head. So the rows of q and k have another order: row (h, i, s) in GGUF
@@ -16,35 +16,35 @@ halves in both formats and keep their rows.
 
 Source: the GGUF specification's keys and llama.cpp's converter.
 
-Left out: RoPE scalings other than Llama 3's, sliding windows in llama.cpp (it ignores
-Mistral's; refllm alone reads the key).
+``gguf_rope`` reads and writes RoPE's scaling.
+
+Left out: experts, rotation of a part of the head, value heads of another width than the keys',
+attention that is not causal, windows in some layers only: each is rejected by name. llama.cpp
+ignores Mistral's sliding window; refllm alone reads the key.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import astuple
+from collections.abc import Mapping
 
 import numpy as np
 
 from refllm.array_types import Json, JsonView
+from refllm.checkpoints.gguf_entries import Entries
+from refllm.checkpoints.gguf_rope import scaling_from_metadata, scaling_metadata
 from refllm.checkpoints.gguf_special_tokens import begin_and_ends
 from refllm.checkpoints.tensor_files import CheckpointError
-from refllm.model.config import ModelConfig, RopeScaling
-from refllm.model.layers import rope_frequencies
+from refllm.model.config import ModelConfig
 
 __all__ = [
-    "ROPE_FACTORS",
     "architecture",
     "config_from_metadata",
     "config_metadata",
     "gguf_name",
     "hf_name",
     "permutation",
-    "rope_factors",
 ]
 
-ROPE_FACTORS = "rope_freqs.weight"
 _ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _PLAIN = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _LAYER = {
@@ -55,8 +55,6 @@ _LAYER = {
     "self_attn.k_norm": "attn_k_norm",
 }  # fmt: skip
 _BACK = {short: long for long, short in (_PLAIN | _LAYER).items()}
-# GGUF has a place for the factors, but not for the four parameters that they are computed from
-_SCALING = "refllm.rope_scaling"
 
 
 def architecture(config: ModelConfig) -> str:
@@ -114,16 +112,6 @@ def permutation(config: ModelConfig, name: str) -> np.ndarray | None:
     return order
 
 
-def rope_factors(config: ModelConfig) -> np.ndarray | None:
-    """float32 [D/2]: the factor by which each pair's rotation is slowed; None without scaling."""
-    if config.rope_scaling is None:
-        return None
-    plain = np.array(rope_frequencies(config.head_dim, config.rope_theta))
-    scaled = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-    factors: np.ndarray = plain / scaled
-    return factors.astype(np.float32)
-
-
 def config_metadata(config: ModelConfig, name: str) -> Json:
     """The entries that describe the network; ``name`` is ``general.name``."""
     arch = architecture(config)
@@ -146,9 +134,7 @@ def config_metadata(config: ModelConfig, name: str) -> Json:
     }
     if config.sliding_window is not None:
         entries[f"{arch}.attention.sliding_window"] = u32(config.sliding_window)
-    if config.rope_scaling is not None:
-        entries[_SCALING] = np.array(astuple(config.rope_scaling), dtype=np.float64)
-    return entries
+    return entries | scaling_metadata(config, arch)
 
 
 def config_from_metadata(
@@ -167,20 +153,17 @@ def config_from_metadata(
         raise CheckpointError(
             f"{where}: general.architecture is {arch!r:.60}; supported are {known}"
         )
-    entries = _Entries(metadata, arch, where)
+    entries = Entries(metadata, arch, where)
     window = entries.integer("attention.sliding_window", 0) or None
     width = entries.integer("embedding_length")
     heads = entries.integer("attention.head_count")
-    if (scaled := metadata.get(f"{arch}.rope.scaling.type", "none")) != "none":
-        raise CheckpointError(f"{where}: RoPE scaling {scaled!r:.40} is not supported")
+    head_dim = entries.integer("attention.key_length", width // max(1, heads))
+    _check_supported(entries, head_dim)
     begin, ends = begin_and_ends(metadata, where)
     family = arch
     if window and arch == "llama":
         family = "mistral"
     try:
-        scaling = None
-        if _SCALING in metadata and ROPE_FACTORS in shapes:
-            scaling = _rope_scaling(metadata[_SCALING])
         return ModelConfig(
             family=family,
             vocab_size=shapes.get("token_embd.weight", (0,))[0],
@@ -189,10 +172,10 @@ def config_from_metadata(
             num_hidden_layers=entries.integer("block_count"),
             num_attention_heads=heads,
             num_key_value_heads=entries.integer("attention.head_count_kv", heads),
-            head_dim=entries.integer("attention.key_length", width // max(1, heads)),
+            head_dim=head_dim,
             rms_norm_eps=entries.number("attention.layer_norm_rms_epsilon"),
             rope_theta=entries.number("rope.freq_base", 10_000.0),
-            rope_scaling=scaling,
+            rope_scaling=scaling_from_metadata(entries, shapes),
             tie_word_embeddings="output.weight" not in shapes,
             attention_bias=arch == "qwen2",
             qk_norm=arch == "qwen3",
@@ -205,37 +188,34 @@ def config_from_metadata(
         raise CheckpointError(f"{where}: {error}") from error
 
 
-def _rope_scaling(values: Iterable[float]) -> RopeScaling:
-    """Llama 3's scaling from its four parameters."""
-    factor, low, high, original = (float(value) for value in values)
-    return RopeScaling(factor, low, high, int(original))
-
-
-class _Entries:
-    """The entries of one architecture; CheckpointError for one that has another type."""
-
-    def __init__(self, metadata: JsonView, arch: str, where: str):
-        self.metadata = metadata
-        self.arch = arch
-        self.where = where
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        """The integer ``ARCHITECTURE.key``; ``default`` if there is no such entry."""
-        value = self.metadata.get(f"{self.arch}.{key}", default)
-        if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
-            value = value[0]  # some files have one value per layer
-        if value is None or isinstance(value, (str, list, np.bool_, np.floating, np.ndarray)):
-            raise CheckpointError(
-                f"{self.where}: the entry {self.arch}.{key} is {value!r:.40}, not an integer"
-            )
-        return int(value)
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """The number ``ARCHITECTURE.key``; ``default`` if there is no such entry."""
-        value = self.metadata.get(f"{self.arch}.{key}", default)
-        if value is None or isinstance(value, (str, list, np.bool_, np.ndarray)):
-            raise CheckpointError(
-                f"{self.where}: the entry {self.arch}.{key} is {value!r:.40}, not a number"
-            )
-        # the shortest decimal that is this float32: 1e-05, not 9.99999975e-06
-        return float(str(value))
+def _check_supported(entries: Entries, head_dim: int) -> None:
+    """CheckpointError for what the file's network computes and refllm does not."""
+    where = entries.where
+    arch = entries.arch
+    if entries.integer("expert_count", 0):
+        raise CheckpointError(
+            f"{where} is a mixture of experts ({arch}.expert_count): experts are not computed here"
+        )
+    rotated = entries.integer("rope.dimension_count", head_dim)
+    if rotated != head_dim:
+        raise CheckpointError(
+            f"{where}: {arch}.rope.dimension_count is {rotated}, and a head has {head_dim} "
+            "elements: RoPE over a part of the head is not supported"
+        )
+    values = entries.integer("attention.value_length", head_dim)
+    if values != head_dim:
+        raise CheckpointError(
+            f"{where}: {arch}.attention.value_length is {values}, and key_length {head_dim}: "
+            "heads of two widths are not supported"
+        )
+    if entries.has("attention.sliding_window_pattern"):
+        raise CheckpointError(
+            f"{where}: a sliding window in some layers only ({arch}.attention."
+            "sliding_window_pattern) is not supported"
+        )
+    causal = entries.metadata.get(f"{arch}.attention.causal", True)
+    if causal is not True and causal is not np.True_:
+        raise CheckpointError(
+            f"{where}: {arch}.attention.causal is {causal!r:.40}: only causal attention is "
+            "supported"
+        )

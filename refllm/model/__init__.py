@@ -5,6 +5,7 @@ In reading order:
 
 - ``naive``: the network in loops, which defines what the others compute
 - ``config``: the network's shape, from a Hugging Face ``config.json``
+- ``rope``: the frequencies of RoPE, and how linear, YaRN and Llama 3's scaling stretch them
 - ``layers``: RMSNorm, RoPE, SwiGLU
 - ``attention``: causal grouped-query attention: all scores at once, in tiles, merged
 - ``weights``: the ``Linear`` interface, and floating-point weights
@@ -14,10 +15,17 @@ Captured steps, which compute the same with less overhead, are in ``decode.fast`
 """
 
 from refllm.model.attention import Attend, CausalAttend, flash_attention, merge
-from refllm.model.config import ModelConfig, RopeScaling, UnsupportedModel
-from refllm.model.layers import apply_rope, rms_norm, rope_frequencies, rope_table, swiglu
+from refllm.model.config import ModelConfig, UnsupportedModel
+from refllm.model.layers import apply_rope, rms_norm, rope_table, swiglu
 from refllm.model.llama import Weights, build, forward, logits
 from refllm.model.naive import naive_logits
+from refllm.model.rope import (
+    LinearScaling,
+    Llama3Scaling,
+    RopeScaling,
+    YarnScaling,
+    rope_frequencies,
+)
 from refllm.model.weights import Dense, Linear, as_linear
 
 __all__ = [
@@ -25,10 +33,13 @@ __all__ = [
     "CausalAttend",
     "Dense",
     "Linear",
+    "LinearScaling",
+    "Llama3Scaling",
     "ModelConfig",
     "RopeScaling",
     "UnsupportedModel",
     "Weights",
+    "YarnScaling",
     "apply_rope",
     "as_linear",
     "build",

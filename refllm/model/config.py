@@ -12,20 +12,25 @@ One dataclass covers the four supported families, which differ in five switches 
 Source: the configuration classes of Hugging Face's ``transformers``, whose defaults apply
 where an entry is missing.
 
-Left out: other families, MLP biases, mixture of experts, windows in some layers only, RoPE
-over a part of the head, RoPE scalings other than ``llama3`` (``yarn``, ``dynamic``,
-``linear`` …). Each is rejected by name.
+``rope_config`` reads RoPE's base and scaling. Of entries that say a thing twice, the one that
+transformers follows decides: ``layer_types`` over ``sliding_window``.
+
+Left out: other families, MLP biases, mixture of experts, windows in some layers only. Each is
+rejected by name.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from refllm.array_types import Json, JsonView
-from refllm.errors import InputError
+from refllm.errors import UnsupportedModel
+from refllm.model.rope import RopeScaling, YarnScaling, yarn_range
+from refllm.model.rope_config import flag, integer, number, read_rope, write_scaling
+
+__all__ = ["ARCHITECTURES", "ModelConfig", "UnsupportedModel"]
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -35,7 +40,7 @@ ARCHITECTURES = {
 }
 # What transformers assumes where an entry is missing. A null in the file is not missing: it
 # overrides these.
-_QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32_768}
+_QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32_768, "sliding_window": 4096}
 _DEFAULTS: dict[str, Json] = {
     "llama": {"bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 2048},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "bos_token_id": 1,
@@ -55,30 +60,6 @@ _SIZES = (
     "head_dim",
     "max_position_embeddings",
 )
-
-
-class UnsupportedModel(InputError):
-    """The configuration asks for something that refllm does not compute."""
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3's frequency scaling: long wavelengths are stretched, short ones kept (see
-    ``layers.rope_frequencies``). UnsupportedModel for factors that make no sense.
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-    def __post_init__(self) -> None:
-        sizes = (self.factor, self.low_freq_factor, self.original_max_position_embeddings)
-        # high > low: the band between them is divided by their difference
-        if not (min(sizes) > 0 and self.low_freq_factor < self.high_freq_factor < math.inf):
-            raise UnsupportedModel(
-                f"config: llama3 RoPE scaling needs positive factors and low < high, got {self}"
-            )
 
 
 @dataclass(frozen=True)
@@ -136,6 +117,8 @@ class ModelConfig:
             raise UnsupportedModel(
                 f"config: sliding_window must be a positive integer or null, got {window!r}"
             )
+        if isinstance(self.rope_scaling, YarnScaling):
+            yarn_range(self.head_dim, self.rope_theta, self.rope_scaling)  # raises where empty
         tokens = list(self.eos_token_ids)
         if self.bos_token_id is not None:
             tokens.append(self.bos_token_id)
@@ -149,7 +132,7 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, raw: JsonView) -> ModelConfig:
-        """Read a Hugging Face ``config.json`` (both the flat and the ``rope_parameters`` spelling).
+        """Read a Hugging Face ``config.json``, of transformers before and after version 5.
 
         Raises
         ------
@@ -160,27 +143,26 @@ class ModelConfig:
         family = _family(raw)
         raw = _DEFAULTS[family] | dict(raw)
         _check_supported(family, raw)
-        hidden = _integer(raw, "hidden_size")
-        heads = _integer(raw, "num_attention_heads")
-        theta, scaling = _rope(raw)
+        hidden = integer(raw, "hidden_size")
+        heads = integer(raw, "num_attention_heads")
+        theta, scaling = read_rope(raw)
         return cls(
             family=family,
-            vocab_size=_integer(raw, "vocab_size"),
+            vocab_size=integer(raw, "vocab_size"),
             hidden_size=hidden,
-            intermediate_size=_integer(raw, "intermediate_size"),
-            num_hidden_layers=_integer(raw, "num_hidden_layers"),
+            intermediate_size=integer(raw, "intermediate_size"),
+            num_hidden_layers=integer(raw, "num_hidden_layers"),
             num_attention_heads=heads,
-            num_key_value_heads=_integer(raw, "num_key_value_heads", heads),
-            head_dim=_integer(raw, "head_dim", hidden // max(heads, 1)),
-            rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
+            num_key_value_heads=integer(raw, "num_key_value_heads", heads),
+            head_dim=integer(raw, "head_dim", hidden // max(heads, 1)),
+            rms_norm_eps=number(raw, "rms_norm_eps", 1e-6),
             rope_theta=theta,
             rope_scaling=scaling,
-            tie_word_embeddings=_flag(raw, "tie_word_embeddings"),
+            tie_word_embeddings=flag(raw, "tie_word_embeddings"),
             attention_bias=family == "qwen2",
             qk_norm=family == "qwen3",
-            # Qwen's files carry a window that is off; Mistral's is on where it is present
-            sliding_window=raw["sliding_window"] if family == "mistral" else None,
-            max_position_embeddings=_integer(raw, "max_position_embeddings"),
+            sliding_window=_window(family, raw),
+            max_position_embeddings=integer(raw, "max_position_embeddings"),
             bos_token_id=raw.get("bos_token_id"),
             eos_token_ids=_end_tokens(raw.get("eos_token_id")),
         )
@@ -205,13 +187,18 @@ class ModelConfig:
             own.pop(key)
         raw.update(own)
         if self.rope_scaling is not None:
-            raw["rope_scaling"] = {"rope_type": "llama3", **asdict(self.rope_scaling)}
+            raw["rope_scaling"] = write_scaling(self.rope_scaling)
         if self.family == "mistral":
             raw["sliding_window"] = self.sliding_window
         eos = list(self.eos_token_ids)
         raw["eos_token_id"] = eos[0] if len(eos) == 1 else eos or None
         raw["torch_dtype"] = "float16"
         return raw
+
+    @property
+    def attention_factor(self) -> float:
+        """What RoPE's cos and sin are multiplied by; 1 but for YaRN."""
+        return 1.0 if self.rope_scaling is None else self.rope_scaling.attention_factor
 
     @property
     def num_parameters(self) -> int:
@@ -252,6 +239,11 @@ def _family(raw: JsonView) -> str:
     supported = ", ".join(ARCHITECTURES)
     if not isinstance(names, list) or not names:
         raise UnsupportedModel(f"config: no 'architectures' entry; supported are {supported}")
+    if isinstance(names[0], str) and ("Moe" in names[0] or names[0] == "MixtralForCausalLM"):
+        raise UnsupportedModel(
+            f"config: {names[0]} is a mixture of experts, which is not computed here; supported "
+            f"are {supported}"
+        )
     if not isinstance(names[0], str) or names[0] not in ARCHITECTURES:
         raise UnsupportedModel(
             f"config: architecture {names[0]!r} is not supported; supported are {supported}"
@@ -260,7 +252,7 @@ def _family(raw: JsonView) -> str:
 
 
 def _check_supported(family: str, raw: JsonView) -> None:
-    """UnsupportedModel for biases, activations and windows that refllm does not compute."""
+    """UnsupportedModel for biases and activations that refllm does not compute."""
     if raw.get("mlp_bias") or (raw.get("attention_bias") and family != "qwen2"):
         raise UnsupportedModel(
             f"config: biases are supported in qwen2's q, k, v only, not in {family}"
@@ -269,81 +261,54 @@ def _check_supported(family: str, raw: JsonView) -> None:
         raise UnsupportedModel(
             f"config: hidden_act {raw['hidden_act']!r} is not supported, only 'silu'"
         )
-    layers = raw.get("layer_types") or []
-    if not isinstance(layers, list) or (
-        family == "mistral" and any(kind != layers[0] for kind in layers)
-    ):
-        raise UnsupportedModel(f"config: layer_types must be a list of equal kinds, got {layers!r}")
-    if family != "mistral" and (
-        raw.get("use_sliding_window") or any(kind != "full_attention" for kind in layers)
-    ):
-        raise UnsupportedModel(
-            f"config: a sliding window is supported in mistral only, not in {family}"
-        )
 
 
-def _rope(raw: JsonView) -> tuple[float, RopeScaling | None]:
-    """Return (theta, scaling) from ``rope_parameters`` (transformers ≥ 5) or the older flat
-    keys.
+def _window(family: str, raw: JsonView) -> int | None:
+    """The window of all layers; UnsupportedModel if the layers differ.
+
+    ``layer_types`` decides where it is present, as in transformers. Without it Mistral's
+    layers have a window where the file has one; Qwen's from ``max_window_layers`` on, if
+    ``use_sliding_window`` is set; Llama's never.
     """
-    parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(parameters, Mapping) or any(
-        isinstance(value, Mapping) for value in parameters.values()
-    ):
+    window = raw.get("sliding_window")
+    if family in ("qwen2", "qwen3") and not flag(raw, "use_sliding_window"):
+        window = None  # Qwen's files carry a window that is off
+    count = integer(raw, "num_hidden_layers")
+    if (kinds := raw.get("layer_types")) is not None:
+        windowed = _windowed(kinds, count)
+    elif family == "mistral":
+        windowed = count if window is not None else 0
+    elif family == "llama":
+        windowed = 0
+    else:
+        first = integer(raw, "max_window_layers", 28)
+        windowed = max(0, count - max(0, first)) if window is not None else 0
+    if windowed == 0:
+        return None
+    if windowed < count or family != "mistral":
         raise UnsupportedModel(
-            f"config: RoPE's parameters must be one object for all layers, got {parameters!r}"
+            f"config: {windowed} of {count} layers attend through a sliding window: a window is "
+            "supported in all layers of mistral only"
         )
-    flat = {key: raw[key] for key in ("rope_theta", "partial_rotary_factor") if key in raw}
-    parameters = flat | dict(parameters)
-    theta = _number(parameters, "rope_theta", 10_000.0)
-    if _number(parameters, "partial_rotary_factor", 1.0) != 1.0:
+    if window is None:
         raise UnsupportedModel(
-            "config: RoPE over a part of the head (partial_rotary_factor) is not supported"
+            "config: layer_types says 'sliding_attention', and sliding_window is missing"
         )
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
+    return window  # type: ignore[no-any-return]  # ModelConfig checks it
+
+
+def _windowed(kinds: object, count: int) -> int:
+    """How many of ``count`` layers ``layer_types`` gives a window."""
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(kinds, list) or any(kind not in known for kind in kinds):
         raise UnsupportedModel(
-            f"config: RoPE scaling {kind!r} is not supported; supported are 'default', 'llama3'"
+            f"config: layer_types must be a list of {known[0]!r} and {known[1]!r}, got {kinds!r}"
         )
-    return theta, RopeScaling(
-        factor=_number(parameters, "factor"),
-        low_freq_factor=_number(parameters, "low_freq_factor"),
-        high_freq_factor=_number(parameters, "high_freq_factor"),
-        original_max_position_embeddings=_integer(parameters, "original_max_position_embeddings"),
-    )
-
-
-def _number(raw: JsonView, key: str, default: float | None = None) -> float:
-    """The number under ``key``; ``default`` if the key is missing or null."""
-    value = raw.get(key)
-    if value is None:
-        value = default
-    if value is None:
-        raise UnsupportedModel(f"config: {key!r} is missing")
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UnsupportedModel(f"config: {key} must be a number, got {value!r}")
-    try:
-        return float(value)
-    except OverflowError as error:
-        raise UnsupportedModel(f"config: {key} is too large a number") from error
-
-
-def _flag(raw: JsonView, key: str) -> bool:
-    """The boolean under ``key``, false if it is missing or null; the string "false" is rejected."""
-    value = raw.get(key)
-    if value not in (None, False, True):
-        raise UnsupportedModel(f"config: {key} must be true or false, got {value!r}")
-    return bool(value)
-
-
-def _integer(raw: JsonView, key: str, default: int | None = None) -> int:
-    """The integer under ``key``; ``default`` if the key is missing or null."""
-    value = _number(raw, key, default)
-    if not value.is_integer():  # nor are inf and nan
-        raise UnsupportedModel(f"config: {key} must be an integer, got {value!r}")
-    return int(value)
+    if len(kinds) != count:
+        raise UnsupportedModel(
+            f"config: layer_types describes {len(kinds)} layers, and num_hidden_layers is {count}"
+        )
+    return kinds.count("sliding_attention")
 
 
 def _end_tokens(value: object) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """The layers of a Llama-like decoder as functions of arrays: RMSNorm, RoPE, SwiGLU.
 
 Sources: RMSNorm, Zhang & Sennrich 2019, eq. 4; RoPE, Su et al. 2021, eq. 34 (half-split
-pairing, as the checkpoints of the four families use it) and Llama 3.1's frequency scaling;
+pairing, as the checkpoints of the four families use it; ``rope`` computes the frequencies);
 SwiGLU, Shazeer 2020, eq. 6.
 
 | symbol | name        | shape                                    |
@@ -15,10 +15,7 @@ Left out: ALiBi, learned positions, partial rotary, dropout.
 
 from __future__ import annotations
 
-import math
-
 from refllm.backend import Array, DType, namespace
-from refllm.model.config import RopeScaling
 
 
 def rms_norm(x: Array, gain: Array, eps: float) -> Array:
@@ -40,39 +37,14 @@ def rms_norm(x: Array, gain: Array, eps: float) -> Array:
     return y
 
 
-def rope_frequencies(
-    head_dim: int, theta: float, scaling: RopeScaling | None = None
-) -> list[float]:
-    """The D/2 angular frequencies, radians per position, as Python floats (float64).
-
-    Llama 3's scaling: wavelengths above ``original/low_freq_factor`` are slowed by
-    ``factor``, those below ``original/high_freq_factor`` are kept, and the band between is
-    interpolated.
-
-    >>> rope_frequencies(4, 100.0)
-    [1.0, 0.1]
-    """
-    frequencies = [theta ** (-2.0 * i / head_dim) for i in range(head_dim // 2)]
-    if scaling is None:
-        return frequencies
-    return [_llama3(f, scaling) for f in frequencies]
-
-
-def _llama3(frequency: float, s: RopeScaling) -> float:
-    """One frequency under Llama 3's scaling."""
-    # turns within the context that the model was first trained on
-    turns = s.original_max_position_embeddings * frequency / (2 * math.pi)
-    if turns < s.low_freq_factor:
-        return frequency / s.factor
-    if turns > s.high_freq_factor:
-        return frequency
-    smooth = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
-    return (1 - smooth) * frequency / s.factor + smooth * frequency
-
-
-def rope_table(frequencies: Array, positions: Array, dtype: DType) -> tuple[Array, Array]:
+def rope_table(
+    frequencies: Array, positions: Array, dtype: DType, attention_factor: float = 1.0
+) -> tuple[Array, Array]:
     """cos[T, 1, 1, D/2] and signed sin[T, 1, 2, D/2] of position · θ_i, from
-    frequencies[D/2] (float64) and positions[T].
+    frequencies[D/2] (float64, ``rope.rope_frequencies``) and positions[T].
+
+    Both are multiplied by ``attention_factor`` (``ModelConfig.attention_factor``): q and k are
+    rotated with them, so scores grow by its square.
 
     The sine is (−sin, sin), one sign for each half of a head, so that it can be multiplied
     with all heads of a token. Angles are computed in float64: at position 100,000 a float32
@@ -81,9 +53,13 @@ def rope_table(frequencies: Array, positions: Array, dtype: DType) -> tuple[Arra
     xp = namespace(frequencies, positions)
     positions = xp.astype(positions, xp.float64)
     angles = positions[:, None, None, None] * frequencies  # [T, 1, 1, D/2]
+    cos = xp.cos(angles)
     sin = xp.sin(angles)
+    if attention_factor != 1.0:
+        cos *= attention_factor
+        sin *= attention_factor
     signed = xp.concat([-sin, sin], axis=2)  # [T, 1, 2, D/2]
-    return xp.astype(xp.cos(angles), dtype), xp.astype(signed, dtype)
+    return xp.astype(cos, dtype), xp.astype(signed, dtype)
 
 
 def apply_rope(x: Array, cos: Array, sin: Array) -> Array:

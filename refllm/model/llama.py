@@ -26,7 +26,8 @@ from typing import Any
 from refllm.backend import Array, asarray_like, namespace
 from refllm.model.attention import Attend
 from refllm.model.config import ModelConfig
-from refllm.model.layers import apply_rope, rms_norm, rope_frequencies, rope_table, swiglu
+from refllm.model.layers import apply_rope, rms_norm, rope_table, swiglu
+from refllm.model.rope import rope_frequencies
 from refllm.model.weights import WeightArena, as_linear, fuse, fused_matmul
 
 Layer = dict[str, Any]  # norm gains and biases as arrays, projections as Linear
@@ -72,7 +73,8 @@ def forward(
     """
     namespace(tokens, positions, weights["norm"])
     x = weights["embed_tokens"].rows(tokens)  # [T, N]
-    rotation = rope_table(weights["rope_frequencies"], positions, x.dtype)
+    frequencies = weights["rope_frequencies"]
+    rotation = rope_table(frequencies, positions, x.dtype, config.attention_factor)
     last = config.num_hidden_layers - 1
     for index, layer in enumerate(weights["layers"]):
         wanted = rows if index == last else None

@@ -26,6 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from refllm.model.config import ModelConfig
+from refllm.model.rope import LinearScaling, Llama3Scaling, YarnScaling
 
 Vector = np.ndarray  # float64, one axis
 Tensors = Mapping[str, np.ndarray]
@@ -124,21 +125,34 @@ def heads(config: ModelConfig, layer: Tensors, h: Vector, which: str) -> Iterato
 
 
 def rotate(head: Vector, position: int, config: ModelConfig) -> Vector:
-    """RoPE: multiply the complex numbers x_i + j·x_{i+D/2} by e^{j·position·θ_i}."""
+    """RoPE: multiply the complex numbers x_i + j·x_{i+D/2} by m·e^{j·position·θ_i}, with m the
+    attention factor.
+    """
     half = config.head_dim // 2
     turned = [
-        complex(head[i], head[i + half]) * cmath.exp(1j * position * frequency(config, i))
+        config.attention_factor
+        * complex(head[i], head[i + half])
+        * cmath.exp(1j * position * frequency(config, i))
         for i in range(half)
     ]
     return np.array([z.real for z in turned] + [z.imag for z in turned])
 
 
 def frequency(config: ModelConfig, i: int) -> float:
-    """θ_i in radians per position; Llama 3's scaling by the wavelength, as its authors did."""
+    """θ_i in radians per position, scaled as ``model.rope`` describes."""
     theta: float = config.rope_theta ** (-2 * i / config.head_dim)
     scaling = config.rope_scaling
-    if scaling is None:
-        return theta
+    if isinstance(scaling, LinearScaling):
+        return theta / scaling.factor
+    if isinstance(scaling, Llama3Scaling):
+        return llama3(theta, scaling)
+    if isinstance(scaling, YarnScaling):
+        return yarn(config, scaling, i)
+    return theta
+
+
+def llama3(theta: float, scaling: Llama3Scaling) -> float:
+    """Llama 3's scaling by the wavelength, as its authors did."""
     original = scaling.original_max_position_embeddings
     wavelength = 2 * math.pi / theta
     if wavelength < original / scaling.high_freq_factor:
@@ -148,3 +162,30 @@ def frequency(config: ModelConfig, i: int) -> float:
     low = scaling.low_freq_factor
     smooth = (original / wavelength - low) / (scaling.high_freq_factor - low)
     return (1 - smooth) * theta / scaling.factor + smooth * theta
+
+
+def yarn(config: ModelConfig, scaling: YarnScaling, i: int) -> float:
+    """YaRN by counting turns: the last pair that still makes β of them within the context of
+    training keeps its frequency, the first one that makes at most α is slowed by the factor,
+    and the pairs between are mixed. (Without ``truncate`` the two ends lie between pairs.)
+    """
+    dim = config.head_dim
+    base = config.rope_theta
+
+    def turns(pair: float) -> float:
+        return scaling.original_max_position_embeddings / (2 * math.pi * base ** (2 * pair / dim))
+
+    if scaling.truncate:
+        pairs = range(dim)
+        last = max((p for p in pairs if turns(p) >= scaling.beta_fast), default=0)
+        first = min((p for p in pairs if turns(p) <= scaling.beta_slow), default=dim - 1)
+    else:
+        last = max(0.0, dim / 2 * math.log(turns(0) / scaling.beta_fast, base))
+        first = min(dim - 1.0, dim / 2 * math.log(turns(0) / scaling.beta_slow, base))
+    theta: float = base ** (-2 * i / dim)
+    if i <= last:
+        return theta
+    if i >= first:
+        return theta / scaling.factor
+    share = (i - last) / (first - last)
+    return share * theta / scaling.factor + (1 - share) * theta

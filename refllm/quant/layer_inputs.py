@@ -42,8 +42,9 @@ from refllm.corpus import Document, training_documents
 from refllm.errors import InputError
 from refllm.model.attention import CausalAttend
 from refllm.model.config import ModelConfig
-from refllm.model.layers import rms_norm, rope_frequencies, rope_table, swiglu
+from refllm.model.layers import rms_norm, rope_table, swiglu
 from refllm.model.llama import SAME_INPUT, Layer, mixed_heads, projection_name
+from refllm.model.rope import rope_frequencies
 
 __all__ = ["STAGES", "Batch", "Calibration", "LayerRun", "LayerSource", "calibration_windows",
            "embed", "sequences", "walk"]  # fmt: skip
@@ -193,7 +194,8 @@ def embed(source: LayerSource, ids: Sequence[Sequence[int]]) -> list[Batch]:
         x = source.rows([token for sequence in part for token in sequence])  # [T, N]
         lengths = [len(sequence) for sequence in part]
         positions = asarray_like([i for n in lengths for i in range(n)], x, "int64")  # [T]
-        rotation = rope_table(asarray_like(frequencies, x, "float64"), positions, x.dtype)
+        on_device = asarray_like(frequencies, x, "float64")  # [D/2]
+        rotation = rope_table(on_device, positions, x.dtype, config.attention_factor)
         batches.append(Batch(lengths, rotation, x))
     return batches
 

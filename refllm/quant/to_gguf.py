@@ -39,13 +39,12 @@ from refllm.backend import to_numpy
 from refllm.checkpoints import gguf_tokenizer
 from refllm.checkpoints.gguf import GGUFTensors, open_file
 from refllm.checkpoints.gguf_names import (
-    ROPE_FACTORS,
     architecture,
     config_metadata,
     gguf_name,
     permutation,
-    rope_factors,
 )
+from refllm.checkpoints.gguf_rope import ROPE_FACTORS, rope_factors
 from refllm.checkpoints.loading import is_gguf, read_config, read_quantization, read_tokenizer
 from refllm.checkpoints.tensor_files import (
     CheckpointError,
@@ -195,7 +194,7 @@ def open_source(path: str | Path) -> tuple[ModelConfig, Tokenizer]:
                     f"{path}: {coded[0]} is quantised already: start from a file of F32, F16 or "
                     "BF16"
                 )
-            if tensors.rope_factors is not None and tensors.config.rope_scaling is None:
+            if tensors.rope_factors is not None and not tensors.told:
                 raise CheckpointError(
                     f"{path}: its {ROPE_FACTORS} cannot be told from its metadata: start from the "
                     "Hugging Face checkpoint"

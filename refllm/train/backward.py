@@ -31,7 +31,8 @@ from typing import NamedTuple, Protocol
 from refllm.backend import Array, DType, Namespace, asarray_like, namespace, scatter_add
 from refllm.errors import InputError
 from refllm.model.config import ModelConfig, UnsupportedModel
-from refllm.model.layers import apply_rope, rope_frequencies, rope_table, sigmoid
+from refllm.model.layers import apply_rope, rope_table, sigmoid
+from refllm.model.rope import rope_frequencies
 from refllm.train.loss import TargetRows, cross_entropy, cross_entropy_and_gradients
 
 Tensors = dict[str, Array]
@@ -187,7 +188,8 @@ def _forward(
     embedding = params["model.embed_tokens.weight"]
     frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     on_device = asarray_like(frequencies, inputs, "float64")  # [D/2]
-    table = rope_table(on_device, xp.arange(length), embedding.dtype)
+    factor = config.attention_factor
+    table = rope_table(on_device, xp.arange(length), embedding.dtype, factor)
     cos, sin = (xp.tile(t, (size, 1, 1, 1)) for t in table)  # of all B·S tokens
     mask = _causal_mask(xp, min(length, _TILE), embedding.dtype)
     batch = _Batch(size, length, cos, sin, mask, product)
@@ -381,7 +383,7 @@ def _attention_backward(
         d_k[:, :, seen] += d_s.swapaxes(-1, -2) @ rows  # the rows include the factor 1/√D
     d_q *= 1.0 / math.sqrt(dim)
     d_q, d_k, d_v = (_tokens_first(t, size, length, groups) for t in (d_q, d_k, d_v))
-    d_q = apply_rope(d_q, cos, -sin)  # the transpose of a rotation is its inverse
+    d_q = apply_rope(d_q, cos, -sin)  # a rotation's transpose
     d_k = apply_rope(d_k, cos, -sin)
     count = size * length
     return d_q.reshape(count, -1), d_k.reshape(count, -1), d_v.reshape(count, -1)

@@ -11,20 +11,15 @@ import pytest
 
 from networks import LLAMA3, full_logits, random_tensors
 from refllm.checkpoints.gguf import GGUFTensors, load, open_file
-from refllm.checkpoints.gguf_names import (
-    ROPE_FACTORS,
-    config_metadata,
-    gguf_name,
-    permutation,
-    rope_factors,
-)
+from refllm.checkpoints.gguf_names import config_metadata, gguf_name, permutation
+from refllm.checkpoints.gguf_rope import ROPE_FACTORS, rope_factors
 from refllm.checkpoints.gguf_tokenizer import tokenizer_metadata
 from refllm.checkpoints.tensor_files import CheckpointError
 from refllm.formats.gguf.codec import quantize
 from refllm.formats.gguf.linear import GGUFLinear
 from refllm.formats.gguf.writer import write
 from refllm.model.config import ModelConfig
-from refllm.model.layers import rope_frequencies
+from refllm.model.rope import rope_frequencies
 from tiny_models import byte_tokenizer
 
 CONFIG = ModelConfig("llama", 300, 64, 96, 2, 4, 2, 16, bos_token_id=0, eos_token_ids=(0,))

@@ -9,12 +9,11 @@ import pytest
 
 from networks import LLAMA3, NETWORKS
 from refllm.checkpoints.gguf_names import (
-    ROPE_FACTORS,
     config_from_metadata,
     config_metadata,
     gguf_name,
-    rope_factors,
 )
+from refllm.checkpoints.gguf_rope import ROPE_FACTORS, rope_factors
 from refllm.checkpoints.tensor_files import CheckpointError, tensor_shapes
 from refllm.model.config import ModelConfig
 
@@ -60,7 +59,7 @@ def test_the_entries_have_the_names_and_types_of_the_specification():
 def test_every_family_comes_back_but_for_the_tokens(name):
     config = NETWORKS[name]
     known = shapes(config)
-    if config.rope_scaling is not None:
+    if rope_factors(config) is not None:
         known[ROPE_FACTORS] = (config.head_dim // 2,)
     back = config_from_metadata(config_metadata(config, "x"), known, "x.gguf")
     assert back.bos_token_id is None
@@ -81,8 +80,11 @@ def test_epsilon_is_the_shortest_decimal_that_the_file_means():
 def test_entries_that_may_be_missing():
     assert read({"llama.rope.freq_base": None}).rope_theta == 10_000.0
     assert read({"llama.attention.head_count_kv": None}).num_key_value_heads == 4
-    assert read({"llama.attention.key_length": None}).head_dim == 16  # 64 / 4
+    widths = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+    assert read({f"llama.{key}": None for key in widths}).head_dim == 16  # 64 / 4
     assert read({"llama.vocab_size": None}).vocab_size == 300  # from the embedding's shape
+    assert read({"llama.rope.dimension_count": None}) == read({"llama.attention.causal": True})
+    assert read({"llama.expert_count": np.uint32(0)}) == read({"llama.attention.causal": np.True_})
 
 
 def test_one_value_per_layer_is_read_if_all_are_equal():
@@ -128,17 +130,11 @@ def test_a_token_id_of_another_type_is_rejected(value, key):
 
 def test_a_scaling_without_its_factors_is_not_the_networks():
     """The file's own factors decide; our entry alone would change the rotation."""
-    entry = {"refllm.rope_scaling": np.array([8.0, 1.0, 4.0, 32.0])}
-    assert read(entry).rope_scaling is None
-    factors = {ROPE_FACTORS: (10,)}
-    metadata = config_metadata(CONFIG, "x") | entry
-    found = config_from_metadata(metadata, shapes(CONFIG) | factors, "x.gguf")
+    config = NETWORKS["llama3-rope"]
+    metadata = config_metadata(config, "x")
+    found = config_from_metadata(metadata, shapes(config) | {ROPE_FACTORS: (5,)}, "x.gguf")
     assert found.rope_scaling == LLAMA3
-    for wrong in (np.array([8.0, 1.0, 4.0]), np.array([8.0, 4.0, 1.0, 32.0])):
-        with pytest.raises(CheckpointError, match=r"x\.gguf: "):
-            config_from_metadata(
-                metadata | {"refllm.rope_scaling": wrong}, shapes(CONFIG) | factors, "x.gguf"
-            )
+    assert config_from_metadata(metadata, shapes(config), "x.gguf").rope_scaling is None
 
 
 def test_factors_slow_long_wavelengths_and_keep_short_ones():
@@ -164,7 +160,14 @@ def test_factors_slow_long_wavelengths_and_keep_short_ones():
         ({"llama.rope.freq_base": np.True_}, "not a number"),
         ({"llama.rope.freq_base": np.float32(-1)}, "rope_theta must be positive"),
         ({"llama.attention.layer_norm_rms_epsilon": None}, "is None, not a number"),
-        ({"llama.rope.scaling.type": "linear"}, "RoPE scaling 'linear' is not supported"),
+        ({"llama.rope.scaling.type": "su"}, "RoPE scaling 'su' is not supported"),
+        ({"llama.rope.scaling.factor": np.float32(-2)}, "scaling.factor is -2.0, not positive"),
+        ({"llama.rope.dimension_count": np.uint32(10)}, "dimension_count is 10, and a head has 20"),
+        ({"llama.attention.value_length": np.uint32(10)}, "value_length is 10, and key_length 20"),
+        ({"llama.attention.causal": np.False_}, "only causal attention is supported"),
+        ({"llama.attention.causal": np.uint32(1)}, "only causal attention is supported"),
+        ({"llama.attention.sliding_window_pattern": np.uint32(2)}, "window in some layers only"),
+        ({"llama.expert_count": np.uint32(8)}, "a mixture of experts .* experts are not computed"),
     ],
 )
 def test_entries_that_make_no_sense_are_named(entries, message):

@@ -260,8 +260,8 @@ BAD = {
     ),
     "rope no object": (lambda p: edit_config(p, rope_scaling=3), r"config\.json: "),
     "rope kind": (
-        lambda p: edit_config(p, rope_scaling={"type": "yarn"}),
-        r"config\.json.*'yarn' is not supported",
+        lambda p: edit_config(p, rope_scaling={"type": "dynamic"}),
+        r"config\.json.*'dynamic' is not supported",
     ),
     "quantised": (
         lambda p: edit_config(p, quantization_config={"quant_method": "fp6"}),

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 
 from conftest import oracle
-from refllm.model.config import ARCHITECTURES, ModelConfig, RopeScaling, UnsupportedModel
+from refllm.model.config import ARCHITECTURES, ModelConfig, UnsupportedModel
+from refllm.model.rope_config import write_scaling
 from strategies import model_configs
 
 LLAMA3 = {
@@ -20,6 +21,16 @@ LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
+}
+LINEAR = {"rope_type": "linear", "factor": 3.0}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "attention_factor": 1.25,
+    "beta_fast": 16.0,
+    "beta_slow": 2.0,
+    "truncate": False,
 }
 CLASSES = {
     "LlamaForCausalLM": "LlamaConfig",
@@ -61,19 +72,6 @@ def test_end_tokens_round_trip_as_none_one_id_or_list(ends):
     config = ModelConfig("llama", 97, 48, 80, 3, 6, 2, 8, bos_token_id=None, eos_token_ids=ends)
     assert config.to_hf()["eos_token_id"] == {0: None, 1: 7, 2: [7, 9]}[len(ends)]
     assert ModelConfig.from_hf(config.to_hf()) == config
-
-
-@pytest.mark.parametrize("kind_key", ["rope_type", "type"])
-@pytest.mark.parametrize("place", ["rope_scaling", "rope_parameters"])
-def test_llama3_scaling_is_read_from_either_spelling(place, kind_key):
-    scaling = {key if key != "rope_type" else kind_key: value for key, value in LLAMA3.items()}
-    config = ModelConfig.from_hf(raw(**{place: scaling}))
-    assert config.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 64)
-    assert config.rope_theta == 5e5
-    nested = ModelConfig.from_hf(raw(rope_theta=..., rope_parameters=LLAMA3 | {"rope_theta": 7e3}))
-    assert nested.rope_theta == 7e3
-    both = ModelConfig.from_hf(raw(rope_theta=5e5, rope_parameters={"rope_theta": 7e3}))
-    assert both.rope_theta == 7e3  # the newer spelling wins
 
 
 def test_the_five_switches_are_set_by_the_family():
@@ -137,22 +135,43 @@ REJECTED = {
     "attention bias": (raw(attention_bias=True), "biases are supported in qwen2"),
     "activation": (raw(hidden_act="gelu"), "hidden_act 'gelu' is not supported"),
     "window in qwen2": (
-        raw("Qwen2ForCausalLM", use_sliding_window=True),
-        "sliding window is supported in mistral",
+        raw("Qwen2ForCausalLM", use_sliding_window=True, max_window_layers=1),
+        "2 of 3 layers attend through a sliding window: a window is supported in all layers of "
+        "mistral only",
     ),
+    "window in all of qwen2's layers": (
+        raw("Qwen2ForCausalLM", use_sliding_window=True, max_window_layers=0),
+        "3 of 3 layers attend through a sliding window",
+    ),
+    "window in llama": (raw(layer_types=["sliding_attention"] * 3), "3 of 3 layers attend"),
+    "window without a width": (
+        raw("MistralForCausalLM", sliding_window=None, layer_types=["sliding_attention"] * 3),
+        "layer_types says 'sliding_attention', and sliding_window is missing",
+    ),
+    "kinds of too few layers": (
+        raw(layer_types=["full_attention"] * 2),
+        "layer_types describes 2 layers, and num_hidden_layers is 3",
+    ),
+    "an unknown kind of layer": (
+        raw(layer_types=["chunked_attention"] * 3),
+        "layer_types must be a list of 'full_attention' and 'sliding_attention'",
+    ),
+    "experts": (raw("MixtralForCausalLM"), "MixtralForCausalLM is a mixture of experts, which is"),
+    "experts of qwen": (raw("Qwen3MoeForCausalLM"), "experts, which is not computed here"),
     "window in some layers": (
         raw(
             "Qwen3ForCausalLM",
+            use_sliding_window=True,
             layer_types=["full_attention", "sliding_attention", "full_attention"],
         ),
-        "sliding window is supported in mistral",
+        "1 of 3 layers attend through a sliding window",
     ),
     "windows in some of mistral's layers": (
         raw(
             "MistralForCausalLM",
             layer_types=["full_attention", "sliding_attention", "full_attention"],
         ),
-        "layer_types must be a list of equal kinds",
+        "1 of 3 layers attend through a sliding window",
     ),
     "layer types no list": (raw(layer_types=5), "layer_types must be a list"),
     "window is true": (
@@ -167,10 +186,6 @@ REJECTED = {
         raw("MistralForCausalLM", sliding_window="8"),
         "sliding_window must be a positive integer",
     ),
-    "yarn": (
-        raw(rope_scaling={"rope_type": "yarn", "factor": 4.0}),
-        "RoPE scaling 'yarn' is not supported",
-    ),
     "RoPE no object": (raw(rope_scaling="yarn"), "RoPE's parameters must be one object"),
     "RoPE by kind of layer": (
         raw(rope_parameters={"full_attention": {"rope_type": "yarn", "factor": 4.0}}),
@@ -179,10 +194,6 @@ REJECTED = {
     "RoPE of one kind of layer beside its own": (
         raw(rope_parameters={"rope_type": "default", "full_attention": {"rope_type": "yarn"}}),
         "RoPE's parameters must be one object for all layers",
-    ),
-    "linear": (
-        raw(rope_scaling={"type": "linear", "factor": 2.0}),
-        "RoPE scaling 'linear' is not supported",
     ),
     "partial RoPE": (raw(partial_rotary_factor=0.5), "partial_rotary_factor"),
     "llama3 without factor": (
@@ -259,18 +270,26 @@ def test_rejects(case):
     assert message in str(error.value)
 
 
+@pytest.mark.theorem(
+    "layer_types decides over sliding_window, and both over nothing",
+    source="transformers' AutoConfig, which reads a Mistral with layer_types as a Ministral",
+)
 @pytest.mark.parametrize("layers", [1, 2, 3])
-@pytest.mark.parametrize("kind", ["sliding_attention", "full_attention"])
-def test_equal_kinds_of_layers_are_accepted(layers, kind):
-    values = raw(
-        "MistralForCausalLM",
-        num_hidden_layers=layers,
-        layer_types=[kind] * layers,
-        sliding_window=9,
-    )
-    assert ModelConfig.from_hf(values).sliding_window == 9
-    plain = raw(num_hidden_layers=layers, layer_types=["full_attention"] * layers)
-    assert ModelConfig.from_hf(plain).sliding_window is None
+def test_kinds_of_layers_decide_over_the_window(layers):
+    def window(architecture, **changes):
+        values = raw(architecture, num_hidden_layers=layers, sliding_window=9, **changes)
+        return ModelConfig.from_hf(values).sliding_window
+
+    full = ["full_attention"] * layers
+    assert window("MistralForCausalLM") == 9
+    assert window("MistralForCausalLM", layer_types=["sliding_attention"] * layers) == 9
+    for architecture in ARCHITECTURES:
+        assert window(architecture, layer_types=full) is None
+    for architecture in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"):
+        assert window(architecture, use_sliding_window=True, layer_types=full) is None
+        assert window(architecture, use_sliding_window=True, max_window_layers=layers) is None
+        assert window(architecture, use_sliding_window=True) is None  # from layer 28 on
+        assert window(architecture, max_window_layers=0) is None  # it is off
 
 
 @pytest.mark.parametrize("at", [0, 1, 2])
@@ -278,8 +297,8 @@ def test_one_layer_of_another_kind_is_rejected(at):
     kinds = ["full_attention"] * 3
     kinds[at] = "sliding_attention"
     for architecture in ("MistralForCausalLM", "Qwen3ForCausalLM"):
-        with pytest.raises(UnsupportedModel):
-            ModelConfig.from_hf(raw(architecture, layer_types=kinds))
+        with pytest.raises(UnsupportedModel, match="1 of 3 layers attend through"):
+            ModelConfig.from_hf(raw(architecture, use_sliding_window=True, layer_types=kinds))
 
 
 @pytest.mark.parametrize(("heads", "width"), [(1, 48), (2, 24), (6, 8)])
@@ -322,7 +341,8 @@ def agrees_with_transformers(ours: ModelConfig, theirs) -> None:
     assert ours.rope_theta == rope["rope_theta"]
     assert (ours.rope_scaling is None) == (rope["rope_type"] == "default")
     if ours.rope_scaling is not None:
-        assert vars(ours.rope_scaling) == {key: rope[key] for key in vars(ours.rope_scaling)}
+        written = write_scaling(ours.rope_scaling)
+        assert written == {key: rope[key] for key in written}
     window = theirs.sliding_window if theirs.model_type == "mistral" else None
     assert ours.sliding_window == window
     ends = theirs.eos_token_id
@@ -338,7 +358,7 @@ def build(architecture: str, values: dict[str, object]):
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("architecture", CLASSES)
-@pytest.mark.parametrize("scaling", [None, LLAMA3])
+@pytest.mark.parametrize("scaling", [None, LLAMA3, LINEAR, YARN], ids=str)
 def test_oracle_every_spelling_of_transformers_is_read_alike(architecture, scaling):
     values = raw(architecture, **({} if scaling is None else {"rope_scaling": scaling}))
     theirs = build(architecture, values)
@@ -355,11 +375,12 @@ def test_oracle_every_spelling_of_transformers_is_read_alike(architecture, scali
 @pytest.mark.oracle
 @pytest.mark.parametrize("architecture", CLASSES)
 def test_oracle_transformers_reads_what_we_write_alike(architecture):
-    scaling = {"rope_scaling": LLAMA3} if architecture == "LlamaForCausalLM" else {}
-    ours = ModelConfig.from_hf(
-        raw(architecture, tie_word_embeddings=True, eos_token_id=[4, 5], **scaling)
-    )
-    agrees_with_transformers(ours, build(architecture, ours.to_hf()))
+    for scaling in (LLAMA3, LINEAR, YARN):
+        values = raw(
+            architecture, tie_word_embeddings=True, eos_token_id=[4, 5], rope_scaling=scaling
+        )
+        ours = ModelConfig.from_hf(values)
+        agrees_with_transformers(ours, build(architecture, ours.to_hf()))
 
 
 @pytest.mark.oracle

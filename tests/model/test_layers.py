@@ -12,8 +12,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from conftest import oracle, to_host
-from refllm.model.config import RopeScaling
-from refllm.model.layers import apply_rope, rms_norm, rope_frequencies, rope_table, sigmoid, swiglu
+from refllm.model.layers import apply_rope, rms_norm, rope_table, sigmoid, swiglu
+from refllm.model.rope import Llama3Scaling, rope_frequencies
 from strategies import KINDS, arrays, seeds
 
 EPS32 = float(np.finfo("float32").eps)
@@ -191,7 +191,7 @@ def test_oracle_llama3_frequencies_are_those_of_transformers(scaling, head_dim, 
         },
     )
     theirs, attention_factor = functions["llama3"](config, "cpu")
-    ours = np.array(rope_frequencies(head_dim, theta, RopeScaling(*scaling)))
+    ours = np.array(rope_frequencies(head_dim, theta, Llama3Scaling(*scaling)))
     assert attention_factor == 1.0
     # transformers computes in float32: θ^x costs a few ulp, and the smooth band divides by
     # (high − low).
@@ -206,7 +206,7 @@ def test_bound_llama3_slows_each_frequency_by_at_most_the_factor_and_keeps_the_o
 ):
     factor, low, high, original = scaling
     plain = np.array(rope_frequencies(head_dim, 500_000.0))
-    scaled = np.array(rope_frequencies(head_dim, 500_000.0, RopeScaling(*scaling)))
+    scaled = np.array(rope_frequencies(head_dim, 500_000.0, Llama3Scaling(*scaling)))
     assert np.all(scaled <= plain)
     assert np.all(scaled >= plain / factor)
     assert np.all(np.diff(scaled) < 0)

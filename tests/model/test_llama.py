@@ -17,9 +17,10 @@ from conftest import to_host
 from networks import random_tensors, tolerance
 from refllm.kv.contiguous import ContiguousCache
 from refllm.model.attention import CausalAttend
-from refllm.model.config import ModelConfig, RopeScaling
+from refllm.model.config import ModelConfig
 from refllm.model.llama import build, forward, logits
 from refllm.model.naive import naive_logits
+from refllm.model.rope import Llama3Scaling
 from refllm.model.weights import Dense
 from refllm.train.backward import hidden_states
 from strategies import model_configs, partitions, seeds
@@ -174,7 +175,7 @@ def test_each_switch_changes_the_output(without):
         2,
         8,
         rope_theta=500.0,
-        rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16),
+        rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 16),
         sliding_window=4,
         attention_bias=True,
         qk_norm=True,

@@ -16,6 +16,7 @@ from refllm.checkpoints.loading import build_weights, iter_tensors, load
 from refllm.checkpoints.tensor_files import INDEX
 from refllm.checkpoints.writer import save
 from refllm.model.config import ModelConfig
+from refllm.model.rope_config import write_scaling
 
 pytestmark = pytest.mark.oracle
 CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
@@ -41,7 +42,7 @@ def their_network(config: ModelConfig):
     shape["eos_token_id"] = list(config.eos_token_ids) or None
     shape["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling is not None:
-        shape["rope_parameters"] |= {"rope_type": "llama3", **vars(config.rope_scaling)}
+        shape["rope_parameters"] |= write_scaling(config.rope_scaling)
     if config.family == "mistral":
         shape["sliding_window"] = config.sliding_window
     kind = CLASSES[config.family]

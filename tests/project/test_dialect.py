@@ -38,6 +38,7 @@ HOST = {
     "formats.gguf.writer": FILES,
     "checkpoints.gguf": FILES,
     "checkpoints.gguf_names": "metadata and orders of rows are host data",
+    "checkpoints.gguf_rope": "metadata are host data",
     "checkpoints.gguf_tokenizer": "metadata are host data",
     "checkpoints.loading:_floats": FILES,
     "checkpoints.tensor_files": FILES,

@@ -11,13 +11,13 @@ import signal
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from conftest import oracle
+from gguf_data import llama_cpp_logits
 from networks import LLAMA3, NETWORKS, TOKENS, full_logits, random_tensors, tolerance
 from networks import tokenizer as small_tokenizer
 from refllm.api import load
@@ -434,31 +434,6 @@ def test_broken_tokenizers_are_rejected(f32):
 # --- llama.cpp ----------------------------------------------------------------------------
 
 
-def their_logits(path: Path, ids: list[int]) -> np.ndarray:
-    llama_cpp = oracle("llama_cpp", "pip install llama-cpp-python")
-    parameters = llama_cpp.llama_model_default_params()
-    # weights repacked for AMX: 0.3.36 ends in a segmentation fault on small ones
-    parameters.use_extra_bufts = False
-    with mock.patch.object(
-        llama_cpp.llama_cpp, "llama_model_default_params", return_value=parameters
-    ):
-        model = llama_cpp.Llama(
-            str(path),
-            logits_all=True,
-            type_k=0,
-            type_v=0,
-            flash_attn=False,
-            n_threads=1,
-            n_threads_batch=1,
-            n_ctx=max(64, len(ids)),
-            verbose=False,
-        )
-    model.eval(ids)
-    scores = np.array(model.scores[: len(ids)])
-    model.close()
-    return scores
-
-
 @pytest.mark.llamacpp
 @pytest.mark.parametrize(
     "name", [n for n in NETWORKS if NETWORKS[n].head_dim % 2 == 0 and n != "mistral-window"]
@@ -477,7 +452,7 @@ def test_llama_cpp_computes_the_same_logits(name, tmp_path):
     )
     convert(tmp_path / "hf", tmp_path / "x.gguf", "F32", workers=1)
     ours = full_logits(load(tmp_path / "x.gguf").weights, config)
-    theirs = their_logits(tmp_path / "x.gguf", list(TOKENS))
+    theirs = llama_cpp_logits(tmp_path / "x.gguf", list(TOKENS))
     assert np.abs(ours - theirs).max() <= 3e-4 * max(1.0, np.abs(ours).max())
 
 
@@ -490,7 +465,7 @@ def test_llama_cpp_opens_every_type(f32, type, tmp_path):
     convert(f32, tmp_path / "x.gguf", type, workers=1)
     ids = [0, *range(40, 60)]
     ours = load(tmp_path / "x.gguf").logits(ids)
-    theirs = their_logits(tmp_path / "x.gguf", ids)
+    theirs = llama_cpp_logits(tmp_path / "x.gguf", ids)
     # 8-bit activations cost this random network some 5 %; a weight that was read wrongly
     # costs 140 %
     assert np.linalg.norm(ours - theirs) <= 0.2 * np.linalg.norm(ours)
@@ -507,7 +482,7 @@ def test_llama_cpp_predicts_as_well(type, tmp_path):
     size = len(model.tokenizer.decode(ids[1:]).encode())
     ours, theirs = (
         _bits(logits, ids, size)
-        for logits in (model.logits(ids), their_logits(tmp_path / "x.gguf", ids))
+        for logits in (model.logits(ids), llama_cpp_logits(tmp_path / "x.gguf", ids))
     )
     assert theirs == pytest.approx(ours, rel=1e-5 if type == "F32" else 0.01)
 
@@ -614,7 +589,8 @@ def edited(f32, path, *, metadata=None, drop=(), rename=None, spoil=None):
             {"metadata": {"llama.attention.layer_norm_rms_epsilon": np.float32(0)}},
             "rms_norm_eps must be positive",
         ),
-        ({"metadata": {"llama.rope.scaling.type": "yarn"}}, "RoPE scaling 'yarn' is not supported"),
+        ({"metadata": {"llama.rope.scaling.type": "su"}}, "RoPE scaling 'su' is not supported"),
+        ({"metadata": {"llama.expert_count": np.uint32(8)}}, "experts are not computed here"),
         ({"metadata": {"split.count": np.uint16(2)}}, "is one of several parts"),
         ({"drop": ("blk.1.ffn_up.weight",)}, "'model.layers.1.mlp.up_proj.weight' is missing"),
         ({"rename": {"blk.1.ffn_up.weight": "blk.1.ffn_upp.weight"}}, "is missing"),

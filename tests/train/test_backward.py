@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from conftest import oracle, to_host
 from refllm.model import llama
 from refllm.model.attention import CausalAttend
-from refllm.model.config import ModelConfig, RopeScaling, UnsupportedModel
+from refllm.model.config import ModelConfig, UnsupportedModel
+from refllm.model.rope import Llama3Scaling
 from refllm.train import backward as module
 from refllm.train.backward import hidden_states, loss_and_gradients, mean_loss, output_name
 from refllm.train.loop import initialize
@@ -305,7 +306,7 @@ def test_oracle_grouped_heads_two_layers_and_stretched_rope(tied):
     """One larger case by name: 6 query heads on 2 key heads, llama3 frequencies in all
     three bands.
     """
-    bands = RopeScaling(8.0, 1.0, 4.0, 64)
+    bands = Llama3Scaling(8.0, 1.0, 4.0, 64)
     config = ModelConfig(
         "llama", 61, 48, 40, 2, 6, 2, 16, 1e-5, 500.0, bands, tie_word_embeddings=tied
     )

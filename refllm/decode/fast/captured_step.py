@@ -173,7 +173,9 @@ class CapturedStep:
 
     def _angles(self, positions: Array) -> tuple[Array, Array]:
         """``layers.rope_table`` in the network's dtype."""
-        return rope_table(self.weights["rope_frequencies"], positions, self.weights["norm"].dtype)
+        frequencies = self.weights["rope_frequencies"]
+        dtype = self.weights["norm"].dtype
+        return rope_table(frequencies, positions, dtype, self.config.attention_factor)
 
     def _capture(self, rows: int) -> SimpleNamespace:
         """The arrays of a step of ``rows`` tokens, the views of them that calls take, and

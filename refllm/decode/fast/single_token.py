@@ -73,9 +73,10 @@ class SingleTokenStep:
         self.layers = [self._fold(layer) for layer in weights["layers"]]
         self.rotating = heads * config.head_dim  # rows of y that RoPE rotates
         angles = np.arange(cache.capacity)[:, None] * to_numpy(weights["rope_frequencies"])
+        factor = config.attention_factor
         self.cos, self.sin = (  # [cap, (H + G)·D]
             np.tile(np.concatenate((t, t), axis=1), (1, heads)).astype(self.head.dtype)
-            for t in (np.cos(angles), np.sin(angles))
+            for t in (factor * np.cos(angles), factor * np.sin(angles))
         )
         self.logits = np.empty(config.vocab_size, dtype=self.head.dtype)
 

@@ -1,0 +1,56 @@
+"""The metadata entries of one architecture, each checked for its type when it is read.
+
+Left out: entries of the tokenizer (``gguf_tokenizer``, ``gguf_special_tokens``).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from refllm.array_types import JsonView
+from refllm.checkpoints.tensor_files import CheckpointError
+
+__all__ = ["Entries"]
+
+
+class Entries:
+    """The entries of one architecture; CheckpointError for one that has another type."""
+
+    def __init__(self, metadata: JsonView, arch: str, where: str):
+        self.metadata = metadata
+        self.arch = arch
+        self.where = where
+
+    def has(self, key: str) -> bool:
+        """Whether there is an entry ``ARCHITECTURE.key``."""
+        return f"{self.arch}.{key}" in self.metadata
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """The integer ``ARCHITECTURE.key``; ``default`` if there is no such entry."""
+        value = self.metadata.get(f"{self.arch}.{key}", default)
+        if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
+            value = value[0]  # some files have one value per layer
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            raise self._wrong(key, value, "an integer")
+        return int(value)
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """The number ``ARCHITECTURE.key``; ``default`` if there is no such entry."""
+        value = self.metadata.get(f"{self.arch}.{key}", default)
+        if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+            raise self._wrong(key, value, "a number")
+        # the shortest decimal that is this float32: 1e-05, not 9.99999975e-06
+        return float(str(value))
+
+    def text(self, key: str, default: str) -> str:
+        """The string ``ARCHITECTURE.key``; ``default`` if there is no such entry."""
+        value = self.metadata.get(f"{self.arch}.{key}", default)
+        if not isinstance(value, str):
+            raise self._wrong(key, value, "a string")
+        return value
+
+    def _wrong(self, key: str, value: object, wanted: str) -> CheckpointError:
+        """The error for an entry of another type."""
+        return CheckpointError(
+            f"{self.where}: the entry {self.arch}.{key} is {value!r:.40}, not {wanted}"
+        )
