@@ -8,16 +8,15 @@
 | ``model.generate_batch(prompts, n)``  | the new ids of each prompt of a static batch       |
 | ``model.stream(prompt, n)``           | the new text piece by piece                        |
 
-Left out: chat templates, beam search, log-probabilities of generated tokens (call
-``logits`` on them).
+Left out: chat templates, beam search, several continuations of a prompt (the engine has n).
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from itertools import takewhile
-from typing import Any, Unpack
+from dataclasses import replace
+from typing import Any, Literal, Unpack, overload
 
 import numpy as np
 
@@ -27,9 +26,17 @@ from refllm.checkpoints import loading
 from refllm.checkpoints.chat_template import ChatTemplates
 from refllm.checkpoints.loading import BUNDLED, bundled, locate
 from refllm.checkpoints.tokenizer import Tokenizer
-from refllm.decode.detokenizer import StopStrings, Utf8Stream
+from refllm.decode.completion import CompletionOutput, OutputReader, StreamChunk
 from refllm.decode.generate import generate_tokens
-from refllm.decode.sampling_params import SamplingOptions, SamplingParams, sampling_params
+from refllm.decode.output_params import (
+    GenerateOptions,
+    OutputParams,
+    check_min_tokens,
+    output_rules,
+    split_options,
+    truncate_prompt,
+)
+from refllm.decode.sampling_params import SamplingParams
 from refllm.decode.speculative.cascade import check_drafter
 from refllm.decode.speculative.interface import Drafter
 from refllm.decode.speculative.loop import SpeculativeStep, speculate
@@ -157,23 +164,27 @@ class Model:
         max_tokens: int,
         *,
         sampling: SamplingParams | None = None,
-        stop: str | Sequence[str] = (),
-        ignore_eos: bool = False,
+        output: OutputParams | None = None,
+        details: bool = False,
+        truncate_prompt_tokens: int | None = None,
         rng: np.random.Generator | int | None = None,
         drafter: Drafter | Model | None = None,
         cache: CachePolicy | None = None,
-        **shorthand: Unpack[SamplingOptions],
+        **shorthand: Unpack[GenerateOptions],
     ) -> Any:
         """Continue ``prompt`` by at most ``max_tokens`` tokens and return the new part alone:
-        a str for a str, a list of token ids for token ids.
+        a str for a str, a list of token ids for token ids; with ``details`` a
+        ``CompletionOutput`` of tokens, text, finish reason and log-probabilities.
 
         The end token is not part of the result. Text is encoded as the tokenizer's file
-        specifies (with its beginning token, if it has one). ``stop`` strings end the text
-        before their first occurrence (text prompts only).
+        specifies (with its beginning token, if it has one). Of a longer prompt only the last
+        ``truncate_prompt_tokens`` tokens are kept.
 
-        ``sampling`` says how tokens are chosen; ``temperature``, ``top_k``, ``top_p``,
-        ``min_p`` and ``repetition_penalty`` are a shorthand for it. The default is the argmax,
-        which uses no randomness. ``rng`` is a Generator or a seed; None draws a fresh seed.
+        ``sampling`` says how tokens are chosen, ``output`` where the output ends and which
+        log-probabilities come with it; the fields of ``SamplingParams`` and ``OutputParams``
+        as keywords are a shorthand: ``temperature=0.8``, ``stop="def "``, ``logprobs=3``. The
+        default is the argmax, which uses no randomness. ``rng`` is a Generator or a seed; None
+        draws a fresh seed.
 
         A ``drafter`` (see ``refllm.decode.speculative``; a ``Model`` drafts 4 tokens per
         step) changes how many steps that takes. Greedy output is unchanged; at other
@@ -185,36 +196,23 @@ class Model:
         change the text too. A policy that evicts at random draws from ``rng``, also at
         temperature 0.
         """
-        params = sampling_params(sampling, shorthand)
-        if isinstance(prompt, str) and (stop or isinstance(stop, str)):
-            # Only stop strings need the text while it grows; an empty one is rejected there.
-            pieces = self.stream(
-                prompt,
-                max_tokens,
-                sampling=params,
-                stop=stop,
-                ignore_eos=ignore_eos,
-                rng=rng,
-                drafter=drafter,
-                cache=cache,
-            )
-            return "".join(pieces)
-        if stop:
-            raise InputError(
-                "stop strings need a text prompt; token prompts end at max_tokens or the end token"
-            )
-        if isinstance(prompt, str):
-            ids = self.tokenizer.encode(prompt, special=True)
+        run = _Run(self, max_tokens, sampling, output, shorthand)
+        if run.params.asks_for_logprobs and not details:
+            raise InputError("log-probabilities are part of the details: pass details=True")
+        ids = self._prompt_ids(prompt, truncate_prompt_tokens)
+        # Only stop strings need the text while it grows.
+        reader = run.reader(self.tokenizer if run.params.stop else None)
+        generator = np.random.default_rng(rng)
+        for token in self._tokens(ids, max_tokens, run, generator, drafter, cache=cache):
+            if reader.push(token).finish_reason is not None:
+                break
         else:
-            ids = _token_lists([prompt])[0]
-        ends = self._end_tokens(ignore_eos)
-        tokens = self._tokens(
-            ids, max_tokens, params, np.random.default_rng(rng), drafter, cache=cache
-        )
-        new = list(takewhile(lambda token: token not in ends, tokens))
+            reader.finish()
+        if details:
+            return run.details(0, reader, self.tokenizer)
         if isinstance(prompt, str):
-            return self.tokenizer.decode(new)
-        return new
+            return reader.completion(0, self.tokenizer).text
+        return reader.tokens
 
     def generate_batch(
         self,
@@ -222,31 +220,54 @@ class Model:
         max_tokens: int,
         *,
         sampling: SamplingParams | None = None,
-        ignore_eos: bool = False,
+        output: OutputParams | None = None,
+        details: bool = False,
         rng: np.random.Generator | int | None = None,
         cache: CachePolicy | None = None,
-        **shorthand: Unpack[SamplingOptions],
-    ) -> list[list[int]]:
-        """The new tokens of B token prompts in one static batch; each result ends before its
-        end token. Parameters are those of ``generate``.
+        **shorthand: Unpack[GenerateOptions],
+    ) -> list[Any]:
+        """The new tokens of B token prompts in one static batch, or their
+        ``CompletionOutput``s; parameters are those of ``generate``.
         """
-        params = sampling_params(sampling, shorthand)
         prompts = _token_lists(prompts)
-        ends = self._end_tokens(ignore_eos)
-        results: list[list[int]] = [[] for _ in prompts]
-        running = set(range(len(prompts)))
+        run = _Run(self, max_tokens, sampling, output, shorthand, len(prompts))
+        if run.params.asks_for_logprobs and not details:
+            raise InputError("log-probabilities are part of the details: pass details=True")
+        tokenizer = self.tokenizer if run.params.stop else None
+        readers = [run.reader(tokenizer, b) for b in range(len(prompts))]
         rng = np.random.default_rng(rng)
         for step in generate_tokens(
-            self.weights, self.config, prompts, max_tokens, params, rng, cache
+            self.weights,
+            self.config,
+            prompts,
+            max_tokens,
+            run.sampling,
+            rng,
+            cache,
+            run.processors,
+            run.recorder,
         ):
-            for b in list(running):
-                if step[b] in ends:
-                    running.discard(b)
-                else:
-                    results[b].append(step[b])
-            if not running:
+            running = [b for b, reader in enumerate(readers) if reader.finish_reason is None]
+            for b in running:
+                readers[b].push(step[b])
+            if all(reader.finish_reason for reader in readers):
                 break
-        return results
+        for reader in readers:
+            if reader.finish_reason is None:
+                reader.finish()
+        if details:
+            return [run.details(b, reader, self.tokenizer) for b, reader in enumerate(readers)]
+        return [reader.tokens for reader in readers]
+
+    @overload
+    def stream(
+        self, prompt: str, max_tokens: int, *, details: Literal[False] = False, **options: Any
+    ) -> Iterator[str]: ...
+
+    @overload
+    def stream(
+        self, prompt: str, max_tokens: int, *, details: Literal[True], **options: Any
+    ) -> Iterator[StreamChunk]: ...
 
     def stream(
         self,
@@ -254,54 +275,59 @@ class Model:
         max_tokens: int,
         *,
         sampling: SamplingParams | None = None,
-        stop: str | Sequence[str] = (),
-        ignore_eos: bool = False,
+        output: OutputParams | None = None,
+        details: bool = False,
+        truncate_prompt_tokens: int | None = None,
         rng: np.random.Generator | int | None = None,
         on_token: Callable[[int], object] | None = None,
         drafter: Drafter | Model | None = None,
         on_step: Callable[[SpeculativeStep], object] | None = None,
         cache: CachePolicy | None = None,
-        **shorthand: Unpack[SamplingOptions],
-    ) -> Iterator[str]:
+        **shorthand: Unpack[GenerateOptions],
+    ) -> Iterator[Any]:
         """Yield the new text piece by piece: complete characters only, never a part of a stop
-        string. Parameters are those of ``generate``.
+        string; with ``details`` a ``StreamChunk`` per token. Parameters are those of
+        ``generate``.
 
         ``on_token`` is called with every sampled token, the end token included, before its
         text: pieces of text are not tokens, so a caller that counts or times tokens needs
         it. With a ``drafter``, ``on_step`` is called with every step of the target: the
         drafted tokens, and how many were accepted.
         """
-        params = sampling_params(sampling, shorthand)
-        ends = self._end_tokens(ignore_eos)
-        ids = self.tokenizer.encode(prompt, special=True)
-        characters = Utf8Stream(self.tokenizer)
-        stops = StopStrings(stop)
+        run = _Run(self, max_tokens, sampling, output, shorthand)
+        ids = self._prompt_ids(prompt, truncate_prompt_tokens)
+        reader = run.reader(self.tokenizer)
         for token in self._tokens(
-            ids, max_tokens, params, np.random.default_rng(rng), drafter, on_step, cache
+            ids, max_tokens, run, np.random.default_rng(rng), drafter, on_step, cache
         ):
             if on_token is not None:
                 on_token(token)
-            if token in ends:
-                break
-            if piece := stops.push(characters.push(token)):
-                yield piece
-            if stops.stopped:
+            chunk = reader.push(token)
+            if details:
+                yield chunk
+            elif chunk.text:
+                yield chunk.text
+            if chunk.finish_reason is not None:
                 return
-        rest = stops.push(characters.flush())
-        if not stops.stopped:
-            rest += stops.flush()
-        if rest:
-            yield rest
+        chunk = reader.finish()
+        if details:
+            yield chunk
+        elif chunk.text:
+            yield chunk.text
 
-    def _end_tokens(self, ignore_eos: bool) -> frozenset[int]:
-        """The tokens that end a sequence; none if they are to be ignored."""
-        return frozenset() if ignore_eos else frozenset(self.config.eos_token_ids)
+    def _prompt_ids(self, prompt: str | Sequence[int], keep: int | None) -> list[int]:
+        """The prompt's token ids, the last ``keep`` of them."""
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt, special=True)
+        else:
+            ids = _token_lists([prompt])[0]
+        return truncate_prompt(ids, keep, self.config.max_position_embeddings)
 
     def _tokens(
         self,
         prompt: Sequence[int],
         max_tokens: int,
-        sampling: SamplingParams,
+        run: _Run,
         rng: np.random.Generator,
         drafter: Drafter | Model | None,
         on_step: Callable[[SpeculativeStep], object] | None = None,
@@ -312,7 +338,15 @@ class Model:
         """
         if drafter is None:
             for (token,) in generate_tokens(
-                self.weights, self.config, [prompt], max_tokens, sampling, rng, cache
+                self.weights,
+                self.config,
+                [prompt],
+                max_tokens,
+                run.sampling,
+                rng,
+                cache,
+                run.processors,
+                run.recorder,
             ):
                 yield token
             return
@@ -320,11 +354,54 @@ class Model:
             drafter = ModelDrafter(drafter)
         check_drafter(self, drafter)
         for step in speculate(
-            self.weights, self.config, prompt, max_tokens, sampling, rng, drafter, policy=cache
+            self.weights,
+            self.config,
+            prompt,
+            max_tokens,
+            run.sampling,
+            rng,
+            drafter,
+            policy=cache,
+            processors=run.processors,
+            recorder=run.recorder,
         ):
             if on_step is not None:
                 on_step(step)
             yield from step.tokens
+
+
+class _Run:
+    """The settings of one call: checked, with what they mean for this model."""
+
+    def __init__(
+        self,
+        model: Model,
+        max_tokens: int,
+        sampling: SamplingParams | None,
+        output: OutputParams | None,
+        shorthand: GenerateOptions,
+        sequences: int = 1,
+    ):
+        self.sampling, self.params = split_options(sampling, output, shorthand)
+        check_min_tokens(self.params, max_tokens)
+        rules = output_rules(self.params, self.sampling, model)
+        self.stops = rules.stop_tokens
+        self.processors = rules.processors
+        self.recorder = self.params.recorder(sequences)
+
+    def reader(self, tokenizer: Tokenizer | None, b: int = 0) -> OutputReader:
+        """What reads the tokens of sequence ``b``."""
+        recorded = None
+        if self.recorder is not None and self.params.logprobs is not None:
+            recorded = self.recorder.outputs[b]
+        return OutputReader(self.params, self.stops, tokenizer, recorded)
+
+    def details(self, b: int, reader: OutputReader, tokenizer: Tokenizer) -> CompletionOutput:
+        """The whole output of sequence ``b``."""
+        found = reader.completion(b, tokenizer)
+        if self.recorder is not None and self.params.prompt_logprobs is not None:
+            found = replace(found, prompt_logprobs=self.recorder.prompts[b])
+        return found
 
 
 def _token_lists(prompts: Sequence[Sequence[int]] | Array) -> list[list[int]]:

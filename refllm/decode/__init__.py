@@ -5,15 +5,22 @@ and a detokenizer turns token ids into text. Read ``sampling`` first.
 1. ``sampling_params``: ``SamplingParams``, and the checks of its values.
 2. ``sampling``: temperature, top-k, top-p, min-p; drawing by inverse CDF.
 3. ``penalties``: repetition, presence and frequency penalties.
-4. ``margin``: how far logits may move before a sampled token changes.
-5. ``generate``: prefill and decode of a static batch.
-6. ``detokenizer``: whole characters from token ids, and stop strings.
-7. ``speculative/``: drafters and the acceptance rules that verify them.
-8. ``fast/``: decode steps without Python's overhead; skip it on a first reading.
+4. ``logits_processors``: biases, bad words, penalties and the user's own, in their order.
+5. ``margin``: how far logits may move before a sampled token changes.
+6. ``logprobs``: log-probabilities of outputs and prompts.
+7. ``generate``: prefill and decode of a static batch.
+8. ``detokenizer``: whole characters from token ids, and stop strings.
+9. ``output_params``, ``completion``: where an output ends, and what is reported of it.
+10. ``speculative/``: drafters and the acceptance rules that verify them.
+11. ``fast/``: decode steps without Python's overhead; skip it on a first reading.
 """
 
+from refllm.decode.completion import CompletionOutput, StreamChunk
 from refllm.decode.detokenizer import StopStrings, Utf8Stream
 from refllm.decode.generate import generate_tokens
+from refllm.decode.logits_processors import LogitsProcessors, process_rows
+from refllm.decode.logprobs import Logprob
+from refllm.decode.output_params import OutputParams
 from refllm.decode.penalties import apply_count_penalties, apply_repetition_penalty
 from refllm.decode.sampling import log_probabilities, process_logits, sample
 from refllm.decode.sampling_params import GREEDY, SamplingParams
@@ -27,14 +34,20 @@ from refllm.decode.speculative.verification import (
 
 __all__ = [
     "GREEDY",
+    "CompletionOutput",
+    "LogitsProcessors",
+    "Logprob",
+    "OutputParams",
     "SamplingParams",
     "StopStrings",
+    "StreamChunk",
     "Utf8Stream",
     "apply_count_penalties",
     "apply_repetition_penalty",
     "generate_tokens",
     "log_probabilities",
     "process_logits",
+    "process_rows",
     "residual",
     "sample",
     "speculate",

@@ -104,6 +104,9 @@ class StopStrings:
     stop string. Of two that begin at the same position the shorter is ``matched``. Text is
     held back only from the first position where a stop string may have begun.
 
+    With ``include`` the text ends after the stop string. A stop string counts only if it ends
+    in text of a push with ``stopping`` (``min_tokens``: earlier text may begin it).
+
     Attributes: ``stopped``, and ``matched``, the stop string or None.
 
     >>> stops = StopStrings("def ")
@@ -113,21 +116,25 @@ class StopStrings:
     (True, '')
     """
 
-    def __init__(self, stops: str | Iterable[str] = ()):
+    def __init__(self, stops: str | Iterable[str] = (), *, include: bool = False):
         """``stops``: one string or several; ValueError for an empty one, which would match
         everywhere.
         """
+        self.include = include
         self.stops = (stops,) if isinstance(stops, str) else tuple(stops)
         if not all(isinstance(s, str) and s for s in self.stops):
             raise InputError(f"a stop string must be text, and must not be empty: {self.stops}")
         self.stopped = False
         self.matched: str | None = None
         self._held = ""
+        self._ignored = 0  # characters of what is held in which no stop string may end
 
-    def push(self, text: str) -> str:
+    def push(self, text: str, *, stopping: bool = True) -> str:
         """Take the next chunk of text; return the text that is safe to show, which is empty
         after the stop.
         """
+        if not stopping and not self.stopped:
+            self._ignored = len(self._held) + len(text)
         return self._advance(text, ended=False)
 
     def flush(self) -> str:
@@ -140,17 +147,22 @@ class StopStrings:
             return ""
         held = self._held + text
         # (position, length) puts the earliest first and, of those, the shortest
-        found = ((held.find(s), len(s)) for s in self.stops if s in held)
+        found = []
+        for s in self.stops:
+            at = held.find(s, max(0, self._ignored - len(s) + 1))
+            if at >= 0:
+                found.append((at, len(s)))
         start, length = min(found, default=(len(held), 0))
         maybe = len(held) if ended else self._may_begin(held)
         if length and start <= maybe:
             self.stopped = True
             self.matched = held[start : start + length]
             self._held = ""
-            return held[:start]
+            return held[: start + length] if self.include else held[:start]
         # No stop yet, or one that an earlier and longer stop string, still incomplete, may
         # precede.
         self._held = held[maybe:]
+        self._ignored = max(0, self._ignored - maybe)
         return held[:maybe]
 
     def _may_begin(self, held: str) -> int:

@@ -24,6 +24,7 @@ import numpy as np
 from refllm.backend import NUMPY, Array, asarray_like, finite_argmax, namespace, to_numpy
 from refllm.decode.fast.captured_step import make_decode_step
 from refllm.decode.logits_processors import LogitsProcessors, Row, process_rows
+from refllm.decode.logprobs import LogprobsRecorder
 from refllm.decode.sampling import distribution, sample
 from refllm.decode.sampling_params import SamplingParams
 from refllm.errors import InputError
@@ -46,6 +47,7 @@ def generate_tokens(
     rng: np.random.Generator,
     policy: CachePolicy | None = None,
     processors: LogitsProcessors | None = None,
+    recorder: LogprobsRecorder | None = None,
 ) -> Iterator[list[int]]:
     """Yield ``max_tokens`` times the next token of each of the B prompts, as Python ints.
 
@@ -53,7 +55,7 @@ def generate_tokens(
     positions to the device and the chosen tokens back, and nothing else; sampling also
     moves its uniforms and checks. A cache ``policy`` keeps less than everything, which
     changes the output. ``processors`` are those of ``sampling``, unless they have end tokens
-    to mask.
+    to mask. A ``recorder`` collects log-probabilities.
 
     Raises
     ------
@@ -79,11 +81,15 @@ def generate_tokens(
             z = decode_step(tokens, cache.positions(counts), cache.view(counts))  # [B, V]
             cache.advance(counts)
         else:
-            z = logits(weights, prefill(weights, config, prompts, cache))  # [B, V]
+            z = logits(weights, prefill(weights, config, prompts, cache, recorder))  # [B, V]
+        raw = z
         if processors.active:
             rows = [Row(processors, p, o) for p, o in zip(prompts, outputs, strict=True)]
             z = process_rows(z, rows)
         tokens = choose_tokens(z, sampling, rng)
+        if recorder is not None:
+            each = range(len(prompts))
+            recorder.add(each, each, tokens, raw, z, sampling)
         for output, token in zip(outputs, tokens, strict=True):
             output.append(token)
         yield tokens
@@ -104,11 +110,18 @@ def checked_policy(policy: CachePolicy | None) -> CachePolicy:
 
 
 def prefill(
-    weights: Weights, config: ModelConfig, prompts: Sequence[Sequence[int]], cache: Cache
+    weights: Weights,
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    cache: Cache,
+    recorder: LogprobsRecorder | None = None,
 ) -> Array:
     """Compute all tokens of all prompts → hidden[B, N] of the last token of each, the only
     ones that are sampled from.
+
+    For a ``recorder`` of prompts the last layer computes the hidden states of all tokens.
     """
+    records = recorder is not None and recorder.prompt_logprobs is not None
     like = weights["norm"]
     total = sum(len(prompt) for prompt in prompts)
     chunked = cache.chunked_prefill
@@ -125,7 +138,16 @@ def prefill(
         done = [n > 0 and s + n == len(p) for p, s, n in zip(prompts, starts, counts, strict=True)]
         last = np.cumsum(counts) - 1
         rows = asarray_like(last[done], like)
-        ends.append(forward(weights, config, moved[0], moved[1], cache.view(counts), rows))
+        view = cache.view(counts)
+        if records:
+            assert recorder is not None
+            hidden = forward(weights, config, moved[0], moved[1], view)  # [T, N]
+            for b, (prompt, s, n) in enumerate(zip(prompts, starts, counts, strict=True)):
+                first = int(last[b]) + 1 - n
+                recorder.add_prompt(weights, b, hidden[first : first + n], prompt, s)
+            ends.append(hidden[rows])
+        else:
+            ends.append(forward(weights, config, moved[0], moved[1], view, rows))
         cache.advance(counts)
     cache.finish_prompt()
     if len(ends) == 1:

@@ -95,7 +95,7 @@ def _checked_bias(bias: Mapping[int, float] | None) -> dict[int, float] | None:
     if not isinstance(bias, Mapping):
         raise InputError(f"logit_bias must map token ids to numbers, got {bias!r}")
     for token in bias:
-        if not _is_token(token):
+        if not is_token(token):
             raise InputError(f"logit_bias must map token ids, 0 or more, to numbers, got {token!r}")
     return {int(t): float(_check("bias", v, f" for token {t}")) for t, v in bias.items()}
 
@@ -105,7 +105,7 @@ def _checked_words(words: Sequence[str | Sequence[int]]) -> tuple[str | tuple[in
     if isinstance(words, str) or not isinstance(words, Sequence):
         raise InputError(f"bad_words must be a list of words, got {words!r}")
     for word in words:
-        is_ids = isinstance(word, Sequence) and all(_is_token(token) for token in word)
+        is_ids = isinstance(word, Sequence) and all(is_token(token) for token in word)
         if not word or not (isinstance(word, str) or is_ids):
             raise InputError(
                 f"bad_words must be words, or lists of token ids, that are not empty, got {word!r}"
@@ -122,7 +122,8 @@ def _checked_functions(
     return tuple(functions)
 
 
-def _is_token(x: object) -> TypeGuard[int]:
+def is_token(x: object) -> TypeGuard[int]:
+    """Whether x may be a token id."""
     return isinstance(x, Integral) and not isinstance(x, bool) and x >= 0
 
 

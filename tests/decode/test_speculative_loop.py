@@ -278,10 +278,10 @@ def test_logits_that_are_not_finite_are_rejected():
     z[1, 2] = np.nan
     for sampling in (GREEDY, SamplingParams(1.0)):
         with pytest.raises(ValueError, match="NaN"):
-            verify_proposal(z, [0], Proposal([0], None), sampling, np.random.default_rng(0))
+            verify_proposal(z, Proposal([0], None), sampling, np.random.default_rng(0))
         with pytest.raises(ValueError, match="NaN"):
             verify_tree_proposal(
-                z, [0], TreeProposal([0], None, Tree.chain(1)), sampling, np.random.default_rng(0)
+                z, TreeProposal([0], None, Tree.chain(1)), sampling, np.random.default_rng(0)
             )
 
 

@@ -203,7 +203,7 @@ def test_of_a_tree_the_verified_levels_are_counted():
         ([1, 4, 0, 0, 0], [1, 4], 2),
     ):
         step, path = verify_tree_proposal(
-            rows[best], [0], TreeProposal(nodes, None, fan), GREEDY, draw(0)
+            rows[best], TreeProposal(nodes, None, fan), GREEDY, draw(0)
         )
         assert [nodes[node] for node in path] == kept == step.drafts[: step.accepted]
         assert sorted(step.drafts) == nodes

@@ -31,6 +31,7 @@ from refllm.backend import Array, finite_argmax, namespace, to_numpy
 from refllm.decode.fast.captured_step import make_decode_step
 from refllm.decode.generate import check_prompts, checked_policy, choose_tokens, prefill
 from refllm.decode.logits_processors import LogitsProcessors, Row, process_rows
+from refllm.decode.logprobs import LogprobsRecorder
 from refllm.decode.sampling import distribution
 from refllm.decode.sampling_params import SamplingParams
 from refllm.decode.speculative.interface import NO_DRAFTS, Drafter, Proposal, TreeProposal
@@ -75,6 +76,7 @@ def speculate(
     rule: AcceptanceRule = verify,
     policy: CachePolicy | None = None,
     processors: LogitsProcessors | None = None,
+    recorder: LogprobsRecorder | None = None,
 ) -> Iterator[SpeculativeStep]:
     """Yield steps of ``max_tokens`` tokens in all; the first is the prefill's, without drafts.
 
@@ -95,11 +97,13 @@ def speculate(
     cache = policy.new_cache(config, 1, end, like=weights["norm"], rng=rng)
     tokens = [int(t) for t in prompt]
     decode_step = make_decode_step(weights, config)
-    z = logits(weights, prefill(weights, config, [tokens], cache))  # [1, V]
     processors = processors or LogitsProcessors(sampling)
     processors.check_vocabulary(config.vocab_size)
-    z = processed_logits(z, processors, tokens, len(prompt))
+    raw = logits(weights, prefill(weights, config, [tokens], cache, recorder))  # [1, V]
+    z = processed_logits(raw, processors, tokens, len(prompt))
     step = SpeculativeStep([], 0, choose_tokens(z, sampling, rng)[0])
+    if recorder is not None:
+        recorder.add([0], [0], step.tokens, raw, z, sampling)
     while True:
         yield step
         tokens += step.tokens
@@ -114,38 +118,34 @@ def speculate(
         if isinstance(proposal, TreeProposal):
             tree = proposal.tree
             positions = tree.positions(cache.lengths[0])
-            z = decode_step(new, positions, cache.view_tree(0, tree))  # [m+1, V]
-            step, path = verify_tree_proposal(
-                z, tokens, proposal, sampling, rng, processors, len(prompt)
-            )
+            raw = decode_step(new, positions, cache.view_tree(0, tree))  # [m+1, V]
+            z = processed_logits(raw, processors, tokens, len(prompt), proposal.tokens, tree)
+            step, path = verify_tree_proposal(z, proposal, sampling, rng)
+            rows = [0, *(node + 1 for node in path)]  # that the tokens were drawn from
             cache.advance_path(0, path)
         else:
             positions = cache.positions([len(new)])
-            z = decode_step(new, positions, cache.view([len(new)]))  # [γ+1, V]
-            step, best = verify_proposal(
-                z, tokens, proposal, sampling, rng, rule, processors, len(prompt)
-            )
+            raw = decode_step(new, positions, cache.view([len(new)]))  # [γ+1, V]
+            z = processed_logits(raw, processors, tokens, len(prompt), proposal.tokens)
+            step, best = verify_proposal(z, proposal, sampling, rng, rule)
+            rows = list(range(step.accepted + 1))
             drafter.observe(best, step.accepted)
             cache.advance([step.accepted + 1])
+        if recorder is not None:
+            recorder.add([0] * len(rows), rows, step.tokens, raw, z, sampling)
 
 
 def verify_proposal(
     z: Array,
-    tokens: Sequence[int],
     proposal: Proposal,
     sampling: SamplingParams,
     rng: np.random.Generator,
     rule: AcceptanceRule = verify,
-    processors: LogitsProcessors | None = None,
-    prompt_length: int = 0,
 ) -> tuple[SpeculativeStep, list[int]]:
-    """Verify a proposal after ``tokens`` by its logits z[γ+1, V] → the step, and the
-    target's argmax at each position. The first ``prompt_length`` of the tokens are the prompt;
-    ``processors`` default to those of ``sampling``.
+    """Verify a proposal by its logits z[γ+1, V], after the logits processors → the step, and
+    the argmax at each position.
     """
     drafts = proposal.tokens
-    processors = processors or LogitsProcessors(sampling)
-    z = processed_logits(z, processors, tokens, prompt_length, drafts)
     if sampling.temperature == 0:
         best = _checked_argmax(z)
         return SpeculativeStep(drafts, *verify_greedy(best, drafts)), best
@@ -156,19 +156,14 @@ def verify_proposal(
 
 def verify_tree_proposal(
     z: Array,
-    tokens: Sequence[int],
     proposal: TreeProposal,
     sampling: SamplingParams,
     rng: np.random.Generator,
-    processors: LogitsProcessors | None = None,
-    prompt_length: int = 0,
 ) -> tuple[SpeculativeStep, list[int]]:
-    """Verify a tree after ``tokens`` by its logits z[m+1, V] → the step, whose drafts begin
-    with the accepted path, and the path.
+    """Verify a tree by its logits z[m+1, V], after the logits processors → the step, whose
+    drafts begin with the accepted path, and the path.
     """
     nodes, q, tree = proposal
-    processors = processors or LogitsProcessors(sampling)
-    z = processed_logits(z, processors, tokens, prompt_length, nodes, tree)
     if sampling.temperature == 0:
         path, token = verify_tree_greedy(_checked_argmax(z), tree, nodes)
     else:
