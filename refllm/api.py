@@ -55,6 +55,8 @@ def load(
     backend: str | None = None,
     dtype: str = "float32",
     weights: str = "auto",
+    *,
+    tokenizer: str | os.PathLike[str] | None = None,
 ) -> Model:
     """Load a model onto a backend.
 
@@ -73,6 +75,9 @@ def load(
         them once, which is faster on a CPU; ``"auto"`` dequantises on NumPy where the result
         fits into half of the free memory, except formats that also quantise activations.
         ``repr(model)`` says which.
+    tokenizer
+        A folder whose ``tokenizer.json`` is read in place of the checkpoint's own. Without
+        either, the model takes and gives token ids alone.
 
     Raises
     ------
@@ -85,7 +90,9 @@ def load(
     >>> model.config.num_hidden_layers, model.config.vocab_size
     (2, 4096)
     """
-    loaded = loading.load(locate(path_or_name), backend=backend, dtype=dtype, weights=weights)
+    loaded = loading.load(
+        locate(path_or_name), backend=backend, dtype=dtype, weights=weights, tokenizer=tokenizer
+    )
     return Model(
         loaded.config,
         loaded.weights,

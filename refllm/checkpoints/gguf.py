@@ -17,6 +17,7 @@ Left out: files in several parts, adapters, experts.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -39,11 +40,10 @@ from refllm.checkpoints.tensor_files import (
     CheckpointError,
     Shape,
     check_tensors,
-    check_vocabulary,
     converted,
     tensor_shapes,
 )
-from refllm.checkpoints.tokenizer import Tokenizer
+from refllm.checkpoints.tokenizer import Tokenizer, fitted, read_named_tokenizer
 from refllm.checkpoints.weight_storage import Decoded, StoredTensor, choose
 from refllm.formats.gguf.codec import dequantize
 from refllm.formats.gguf.linear import GGUFLinear
@@ -72,10 +72,15 @@ def open_file(path: str | Path) -> GGUFFile:
 
 
 def load(
-    path: str | Path, xp: Namespace, dtype: str, weights: str = "stored"
+    path: str | Path,
+    xp: Namespace,
+    dtype: str,
+    weights: str = "stored",
+    tokenizer: str | os.PathLike[str] | None = None,
 ) -> tuple[ModelConfig, Weights, Tokenizer, str, ChatTemplates]:
     """Config, weight tree, tokenizer, how the weights are held in words, and chat templates
-    of a file, on the library ``xp``; ``weights`` as in ``weight_storage``.
+    of a file, on the library ``xp``; ``weights`` as in ``weight_storage``, ``tokenizer`` as
+    in ``loading.load``.
 
     Raises
     ------
@@ -85,8 +90,7 @@ def load(
     with open_file(path) as file:
         tensors = GGUFTensors(file, xp, dtype)
         tensors.check()
-        tokenizer = tokenizer_from_metadata(file.metadata, str(path))
-        check_vocabulary(tokenizer, tensors.config, Path(path))
+        text = read_tokenizer(file, tensors.config, tokenizer)
         templates = templates_from_metadata(file.metadata, str(path))
         chosen = choose(weights, tensors.stored(), dtype, xp, path)
         found: Mapping[str, Any] = tensors
@@ -97,7 +101,16 @@ def load(
         if factors is not None:
             scaled = np.array(tensors.scaled_by_keys)
             tree["rope_frequencies"] = xp.asarray(scaled / factors)  # [D/2]
-    return tensors.config, tree, tokenizer, chosen.summary, templates
+    return tensors.config, tree, text, chosen.summary, templates
+
+
+def read_tokenizer(
+    file: GGUFFile, config: ModelConfig, named: str | os.PathLike[str] | None = None
+) -> Tokenizer:
+    """The tokenizer of a file, or the ``named`` one; CheckpointError if it is not supported."""
+    if named is not None:
+        return read_named_tokenizer(named, config)
+    return fitted(tokenizer_from_metadata(file.metadata, str(file.path)), config, file.path)
 
 
 class GGUFTensors(Mapping[str, Any]):

@@ -81,11 +81,7 @@ _SIGNS = r"[!-/:-~！-／：-～‘-‟、。]"  # no U+3000: it is white space
 
 
 def _character_class(ranges: str) -> str:
-    """A class of characters from hexadecimal ranges.
-
-    >>> _character_class("41-5A B5")
-    '[\\x{41}-\\x{5A}\\x{B5}]'
-    """
+    """A class of characters from hexadecimal ranges: "41-5A" is the capitals."""
     ends = [one.split("-") for one in ranges.split()]
     return "[" + "".join("-".join(rf"\x{{{code}}}" for code in pair) for pair in ends) + "]"
 

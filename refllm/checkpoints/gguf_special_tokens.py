@@ -83,7 +83,7 @@ class SpecialTokens:
     add_bos: bool
     add_eos: bool
     ends: tuple[int, ...]
-    types: np.ndarray
+    types: list[int]
 
 
 def special_tokens(metadata: JsonView, where: str) -> SpecialTokens:
@@ -132,7 +132,7 @@ def begin_and_ends(metadata: JsonView, where: str) -> tuple[int | None, tuple[in
     return named.get("bos"), tuple(dict.fromkeys(ends))
 
 
-def _ends(ids: Mapping[str, int], named: Mapping[str, int], types: np.ndarray) -> tuple[int, ...]:
+def _ends(ids: Mapping[str, int], named: Mapping[str, int], types: list[int]) -> tuple[int, ...]:
     """Ids that end a generation, by key and by spelling; ``types`` of recognised tokens are
     changed in place.
     """
@@ -184,18 +184,19 @@ def token_list(metadata: JsonView, where: str) -> list[str]:
     return spelled
 
 
-def _types(metadata: JsonView, size: int, where: str) -> np.ndarray:
-    """int32 [V], a copy: the type of every token; all are normal where the file has none."""
+def _types(metadata: JsonView, size: int, where: str) -> list[int]:
+    """The type of every token; all are normal where the file has none."""
     types = metadata.get("tokenizer.ggml.token_type")
     if types is None:
-        return np.full(size, NORMAL, dtype=np.int32)
+        return [NORMAL] * size
     if not isinstance(types, np.ndarray) or types.ndim != 1 or types.dtype.kind not in "iu":
         raise CheckpointError(f"{where}: tokenizer.ggml.token_type is no list of integers")
     if types.size != size:
         raise CheckpointError(
             f"{where}: tokenizer.ggml.token_type has {types.size} entries for {size} tokens"
         )
-    return types.astype(np.int32)
+    listed: list[int] = types.tolist()
+    return listed
 
 
 def _named_ids(metadata: JsonView, size: int | None, where: str) -> dict[str, int]:

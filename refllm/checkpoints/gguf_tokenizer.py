@@ -42,7 +42,7 @@ from refllm.checkpoints.gguf_special_tokens import (
     token_list,
 )
 from refllm.checkpoints.tensor_files import CheckpointError
-from refllm.checkpoints.tokenizer import Tokenizer
+from refllm.checkpoints.tokenizer import MissingTokenizer, Tokenizer
 from refllm.model.config import ModelConfig
 
 __all__ = ["tokenizer_from_metadata", "tokenizer_metadata"]
@@ -165,7 +165,7 @@ def _is_gpt2(pre_tokenizer: object) -> bool:
 
 
 def tokenizer_from_metadata(metadata: JsonView, where: str) -> Tokenizer:
-    """The tokenizer of a file.
+    """The tokenizer of a file; a ``MissingTokenizer`` for a file without a vocabulary.
 
     Raises
     ------
@@ -175,6 +175,8 @@ def tokenizer_from_metadata(metadata: JsonView, where: str) -> Tokenizer:
     try:
         if isinstance(tokenizer_json := metadata.get(TOKENIZER_JSON), str):
             return Tokenizer(_Tokenizer.from_str(tokenizer_json))
+        if metadata.get("tokenizer.ggml.model", "none") in ("none", "no_vocab"):
+            return MissingTokenizer(where)
         return _rebuilt(metadata, where)
     except CheckpointError:
         raise

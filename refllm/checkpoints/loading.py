@@ -46,12 +46,11 @@ from refllm.checkpoints.tensor_files import (
     TensorFiles,
     check_tensors,
     check_tied,
-    check_vocabulary,
     converted,
     read_json,
     tensor_shapes,
 )
-from refllm.checkpoints.tokenizer import Tokenizer
+from refllm.checkpoints.tokenizer import Tokenizer, read_tokenizer
 from refllm.checkpoints.weight_storage import Decoded, StoredTensor, check_choice, choose
 from refllm.errors import InputError
 from refllm.formats import float_layouts
@@ -88,10 +87,12 @@ def load(
     backend: str | None = None,
     dtype: str = "float32",
     weights: str = "stored",
+    tokenizer: str | os.PathLike[str] | None = None,
 ) -> Checkpoint:
     """Load a directory or a GGUF file for ``backend`` ("numpy", "cupy", None: the
     environment's) in ``dtype``; ``weights`` says what becomes of quantised weights
-    (``weight_storage``).
+    (``weight_storage``), ``tokenizer`` is a folder whose tokenizer.json is read in place of
+    the checkpoint's own.
 
     Raises
     ------
@@ -116,11 +117,11 @@ def load(
     if is_gguf(path):
         from refllm.checkpoints import gguf  # a directory does not need GGUF's modules
 
-        config, tree, tokenizer, storage, templates = gguf.load(path, xp, dtype, weights)
-        return Checkpoint(config, tree, tokenizer, Path(path), storage, templates)
+        config, tree, text, storage, templates = gguf.load(path, xp, dtype, weights, tokenizer)
+        return Checkpoint(config, tree, text, Path(path), storage, templates)
     directory = _directory(path)
     config = read_config(directory)
-    tokenizer = read_tokenizer(directory, config)
+    text = read_tokenizer(directory, config, tokenizer)
     templates = templates_from_directory(directory)
     with open_tensors(directory, config, xp, dtype) as tensors:
         chosen = choose(weights, tensors.stored(), dtype, xp, directory)
@@ -128,7 +129,7 @@ def load(
         if chosen.decoded:
             found = Decoded(tensors, chosen.decoded)
         tree = build(config, found)
-    return Checkpoint(config, tree, tokenizer, directory, chosen.summary, templates)
+    return Checkpoint(config, tree, text, directory, chosen.summary, templates)
 
 
 # --- configuration and tokenizer ------------------------------------------------------------
@@ -205,18 +206,6 @@ def read_quantization(directory: Path) -> Quantization | None:
         return parse(raw)
     except UnsupportedQuantization as error:
         raise CheckpointError(f"{file}: {error}") from error
-
-
-def read_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer:
-    """The tokenizer of a directory; CheckpointError if it is broken, or has ids beyond the
-    model's vocabulary.
-    """
-    try:
-        tokenizer = Tokenizer.from_file(directory / "tokenizer.json")
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
-    check_vocabulary(tokenizer, config, directory / "tokenizer.json")
-    return tokenizer
 
 
 # --- tensors --------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ml_dtypes  # also teaches safetensors' NumPy reader the bfloat16 type
 import numpy as np
@@ -35,9 +35,6 @@ from refllm.array_types import Json
 from refllm.backend import Array, to_numpy
 from refllm.errors import InputError
 from refllm.model.config import ModelConfig
-
-if TYPE_CHECKING:
-    from refllm.checkpoints.tokenizer import Tokenizer
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -354,21 +351,6 @@ def check_tied(config: ModelConfig, tensors: Mapping[str, Array], where: Path) -
         raise CheckpointError(
             f"{where}: {HEAD} differs from {EMBEDDING}, though config.json says that they are "
             "tied: set tie_word_embeddings to false"
-        )
-
-
-def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, where: Path) -> None:
-    """CheckpointError if the tokenizer has ids beyond the model's vocabulary.
-
-    A smaller tokenizer is common: models pad their vocabulary.
-    """
-    size = tokenizer.vocab_size
-    if size == 0:
-        raise CheckpointError(f"{where}: the tokenizer has no tokens")
-    if size > config.vocab_size:
-        raise CheckpointError(
-            f"{where}: the tokenizer has ids up to {size - 1}, the model a vocabulary of "
-            f"{config.vocab_size}: they belong to different checkpoints"
         )
 
 

@@ -11,12 +11,26 @@ document or start a system turn. The ``tokenizers`` library and ``transformers``
 opposite by default; ``parse_special=True`` does so too, for prompts that are written with
 control tokens (for chats see ``chat_template_tokens``). Either way the ids decode to the same text.
 
-Left out: training other kinds of tokenizers (``tokenizers`` loads them);
-truncation and padding.
+Some checkpoints have a tokenizer with more ids than the embedding has rows (a padding token
+that was never trained). Such an id is rejected where a text contains it (``limit``).
+A checkpoint without a tokenizer has a ``MissingTokenizer``: the network still computes with
+token ids, and whatever needs text says what is missing.
+
+| checkpoint                           | tokenizer                                        |
+|--------------------------------------|--------------------------------------------------|
+| a directory with tokenizer.json      | that                                             |
+| a GGUF file with a vocabulary        | that, see ``gguf_tokenizer``                     |
+| either, and ``tokenizer=DIR``        | DIR's tokenizer.json; its own is not looked at   |
+| without any                          | a ``MissingTokenizer``: ids in, ids out          |
+
+Left out: training other kinds of tokenizers (``tokenizers`` loads them); SentencePiece's
+tokenizer.model, and vocab.json with merges.txt (``transformers`` converts both to
+tokenizer.json); truncation and padding.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from operator import index
@@ -26,9 +40,12 @@ from tokenizers import Tokenizer as _Tokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from refllm.atomic import write_atomic
+from refllm.checkpoints.tensor_files import CheckpointError
 from refllm.errors import InputError
+from refllm.model.config import ModelConfig
 
 END_OF_TEXT = "<|endoftext|>"
+TOKENIZER_FILE = "tokenizer.json"
 
 
 class Tokenizer:
@@ -39,10 +56,16 @@ class Tokenizer:
     [257, 257]
     >>> tokenizer.decode([257, 257])
     'abab'
+
+    ``limit`` is the number of rows of the model's embedding, None without a model: ``encode``
+    returns ids below it. ``available`` is False for a ``MissingTokenizer`` alone.
     """
 
-    def __init__(self, inner: _Tokenizer) -> None:
+    available = True
+
+    def __init__(self, inner: _Tokenizer, limit: int | None = None) -> None:
         self.inner = inner
+        self.limit = limit
         # the literal text of a special token is ordinary text
         self.inner.encode_special_tokens = True
         # some published files enable it, and would cut a text silently
@@ -104,7 +127,8 @@ class Tokenizer:
         return max(self.inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def encode(self, text: str, *, special: bool = False, parse_special: bool = False) -> list[int]:
-        """Token ids of ``text``; ValueError for anything but Unicode text.
+        """Token ids of ``text``; ValueError for anything but Unicode text, and for a text
+        that contains a token beyond ``limit``.
 
         With ``special``, also the tokens that the tokenizer's file adds before and after
         it. With ``parse_special``, the literal text of a special token becomes that token
@@ -115,15 +139,30 @@ class Tokenizer:
             ids: list[int] = inner.encode(text, add_special_tokens=special).ids
         except TypeError as error:  # from the library: the text has no UTF-8
             raise InputError(_no_text(text)) from error
+        self._check_limit(ids)
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """``encode`` of many texts, in parallel."""
         texts = list(texts)
         try:
-            return [e.ids for e in self.inner.encode_batch(texts, add_special_tokens=False)]
+            encodings = self.inner.encode_batch(texts, add_special_tokens=False)
         except TypeError:
             return [self.encode(text) for text in texts]  # names the first bad text
+        batch: list[list[int]] = [encoding.ids for encoding in encodings]
+        for ids in batch:
+            self._check_limit(ids)
+        return batch
+
+    def _check_limit(self, ids: Sequence[int]) -> None:
+        """ValueError if an id has no row in the model's embedding."""
+        if self.limit is None or max(ids, default=-1) < self.limit:
+            return
+        beyond = next(i for i in ids if i >= self.limit)
+        raise InputError(
+            f"the text contains the token {self.inner.id_to_token(beyond)!r}: its id {beyond} has "
+            f"no row in the model's embedding of {self.limit}, so the model cannot read it"
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``; bytes that form no UTF-8 character become U+FFFD, special tokens
@@ -141,6 +180,82 @@ class Tokenizer:
     def save(self, path: str | Path) -> None:
         """Write ``tokenizer.json``; OSError leaves the old one unchanged."""
         write_atomic(Path(path), self.inner.to_str(pretty=True))
+
+
+class MissingTokenizer(Tokenizer):
+    """Stands in for the tokenizer of a checkpoint that has none: every use of it raises an
+    ``InputError`` that says so.
+    """
+
+    available = False
+
+    def __init__(self, where: str | Path) -> None:
+        self.where = where
+        self.limit = None
+
+    @property
+    def inner(self) -> _Tokenizer:  # type: ignore[override]
+        """Raises ``InputError``."""
+        raise InputError(
+            f"{self.where} has no tokenizer that refllm reads, so the model takes and gives token "
+            "ids alone: for text, pass a folder with its tokenizer.json (--tokenizer DIR)"
+        )
+
+
+# --- the tokenizer of a checkpoint ----------------------------------------------------------
+
+
+def read_tokenizer(
+    directory: Path, config: ModelConfig, named: str | os.PathLike[str] | None = None
+) -> Tokenizer:
+    """The tokenizer of a directory, or the ``named`` one; CheckpointError if it is broken."""
+    if named is not None:
+        return read_named_tokenizer(named, config)
+    file = directory / TOKENIZER_FILE
+    if not file.is_file():
+        return MissingTokenizer(directory)
+    return _read(file, config)
+
+
+def read_named_tokenizer(path: str | os.PathLike[str], config: ModelConfig) -> Tokenizer:
+    """The tokenizer of a folder with a tokenizer.json, or of such a file.
+
+    Raises
+    ------
+    CheckpointError
+        if there is none, or if it is broken.
+    """
+    file = Path(os.path.expanduser(path))
+    if file.is_dir():
+        file = file / TOKENIZER_FILE
+    if not file.is_file():
+        raise CheckpointError(
+            f"tokenizer: {os.fspath(path)} is no folder with a {TOKENIZER_FILE}, nor such a file"
+        )
+    return _read(file, config)
+
+
+def _read(file: Path, config: ModelConfig) -> Tokenizer:
+    """The tokenizer in a file."""
+    try:
+        tokenizer = Tokenizer.from_file(file)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    return fitted(tokenizer, config, file)
+
+
+def fitted(tokenizer: Tokenizer, config: ModelConfig, where: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer itself, limited to ids that have a row in the embedding.
+
+    A tokenizer with fewer ids is common, since models pad their vocabulary. One with more
+    exists too: a padding token that was added and never trained. CheckpointError for one
+    without any token.
+    """
+    if tokenizer.available:
+        if tokenizer.vocab_size == 0:
+            raise CheckpointError(f"{os.fspath(where)}: the tokenizer has no tokens")
+        tokenizer.limit = config.vocab_size
+    return tokenizer
 
 
 def _no_text(text: object) -> str:

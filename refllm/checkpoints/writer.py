@@ -41,7 +41,6 @@ from refllm.checkpoints.tensor_files import (
     Shape,
     check_tensors,
     check_tied,
-    check_vocabulary,
     converted,
     host_dtype,
     tensor_shapes,
@@ -207,7 +206,6 @@ def save(
     check_target(target, overwrite)
     check_tensors(config, tensors, target)
     check_tied(config, tensors, target)
-    check_vocabulary(tokenizer, config, target)
 
     def read(name: str) -> np.ndarray:
         """A tensor in the stored dtype."""
@@ -263,26 +261,15 @@ def documents(
 ) -> dict[str, str]:
     """The text files of a checkpoint, by name; ``entries`` are added to config.json."""
     raw = config.to_hf() | {"torch_dtype": dtype} | entries
-    special = {
-        "bos_token": config.bos_token_id,
-        "eos_token": next(iter(config.eos_token_ids), None),
-    }
-    words = {key: tokenizer.inner.id_to_token(i) for key, i in special.items() if i is not None}
-    about_tokens = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **{key: word for key, word in words.items() if word is not None},
-        "model_max_length": config.max_position_embeddings,
-        # otherwise decode(encode(x)) would drop spaces before punctuation
-        "clean_up_tokenization_spaces": False,
-    }
     generation = {"bos_token_id": config.bos_token_id, "eos_token_id": raw["eos_token_id"]}
     generation = {key: token for key, token in generation.items() if token is not None}
     texts = {
         "config.json": json.dumps(raw, indent=2) + "\n",
         "generation_config.json": json.dumps(generation, indent=2) + "\n",
-        "tokenizer_config.json": json.dumps(about_tokens, indent=2, ensure_ascii=False) + "\n",
-        "tokenizer.json": tokenizer.inner.to_str(pretty=True),
     }
+    if tokenizer.available:
+        texts["tokenizer_config.json"] = _tokenizer_config(tokenizer, config)
+        texts["tokenizer.json"] = tokenizer.inner.to_str(pretty=True)
     for name in extra:
         plain = Path(name).name == name and name not in ("", "..")
         if not plain or name in texts or name.startswith(("model.", "model-")):
@@ -290,6 +277,23 @@ def documents(
                 f"save: the extra file {name!r} must be a plain new file name in the directory"
             )
     return texts | dict(extra)
+
+
+def _tokenizer_config(tokenizer: Tokenizer, config: ModelConfig) -> str:
+    """The tokenizer_config.json that ``transformers`` reads beside tokenizer.json."""
+    special = {
+        "bos_token": config.bos_token_id,
+        "eos_token": next(iter(config.eos_token_ids), None),
+    }
+    words = {key: tokenizer.inner.id_to_token(i) for key, i in special.items() if i is not None}
+    entries = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{key: word for key, word in words.items() if word is not None},
+        "model_max_length": config.max_position_embeddings,
+        # otherwise decode(encode(x)) would drop spaces before punctuation
+        "clean_up_tokenization_spaces": False,
+    }
+    return json.dumps(entries, indent=2, ensure_ascii=False) + "\n"
 
 
 def check_target(target: Path, overwrite: bool) -> None:

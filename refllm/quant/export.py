@@ -44,7 +44,6 @@ from refllm.checkpoints.tensor_files import (
     HEAD,
     CheckpointError,
     Shape,
-    check_vocabulary,
     converted,
     host_dtype,
 )
@@ -242,7 +241,6 @@ def export(
     spec = export_spec_for(weights, layout, dtype)
     target = resolved(path)
     check_target(target, overwrite)
-    check_vocabulary(tokenizer, config, target)
     plan = spec.plan(config)
     tensors = {
         EMBEDDING: weights["embed_tokens"],

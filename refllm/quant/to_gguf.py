@@ -45,7 +45,7 @@ from refllm.checkpoints.gguf_names import (
     permutation,
 )
 from refllm.checkpoints.gguf_rope import ROPE_FACTORS, rope_factors
-from refllm.checkpoints.loading import is_gguf, read_config, read_quantization, read_tokenizer
+from refllm.checkpoints.loading import is_gguf, read_config, read_quantization
 from refllm.checkpoints.tensor_files import (
     CheckpointError,
     TensorFiles,
@@ -54,7 +54,7 @@ from refllm.checkpoints.tensor_files import (
     converted,
     tensor_shapes,
 )
-from refllm.checkpoints.tokenizer import Tokenizer
+from refllm.checkpoints.tokenizer import Tokenizer, read_tokenizer
 from refllm.errors import InputError
 from refllm.formats.gguf.codec import quantize
 from refllm.formats.gguf.mixes import MIXES, Heads, bits_per_weight, mix

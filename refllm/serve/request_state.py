@@ -152,6 +152,7 @@ class RequestState:
         if state is None:
             detokenizer = None
             streams = self.callback is not None and self.search is None
+            streams = streams and self.tokenizer.available
             if streams or self.request.stop:
                 detokenizer = Detokenizer(self.tokenizer, self.request.stop)
             drafter = None if self._make_drafter is None else self._make_drafter()
@@ -247,8 +248,9 @@ class RequestState:
         assert sequence.finish_reason is not None
         if sequence.finish_reason == "stop" and not isinstance(sequence.stop_reason, str):
             tokens = tokens[:-1]
-        if text is None:
+        if text is None and self.tokenizer.available:
             text = self.tokenizer.decode(tokens)
+        text = text or ""  # ids alone
         self.output.outputs.append(
             CompletionOutput(
                 sequence.index, tokens, text, sequence.finish_reason, sequence.stop_reason, score

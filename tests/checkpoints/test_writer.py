@@ -26,7 +26,7 @@ from networks import random_tensors
 from refllm.checkpoints import writer
 from refllm.checkpoints.loading import iter_tensors, load
 from refllm.checkpoints.tensor_files import INDEX, SINGLE, CheckpointError, TensorFiles
-from refllm.checkpoints.tokenizer import Tokenizer
+from refllm.checkpoints.tokenizer import MissingTokenizer, Tokenizer
 from refllm.checkpoints.writer import save
 from refllm.model.config import ModelConfig
 from strategies import model_configs, seeds
@@ -322,11 +322,18 @@ def test_the_largest_float16_is_written(tmp_path, tokenizer, tensors):
     assert dict(iter_tensors(tmp_path / "m"))[NORM][3] == 65504.0
 
 
-def test_a_tokenizer_larger_than_the_model_is_rejected(tmp_path, tokenizer):
+def test_a_tokenizer_larger_than_the_model_is_written_as_it_is(tmp_path, tokenizer):
     config = replace(CONFIG, vocab_size=tokenizer.vocab_size - 1)
-    with pytest.raises(CheckpointError, match="ids up to .* a vocabulary of"):
-        save(tmp_path / "m", config, random_tensors(config, 0), tokenizer)
-    assert not list(tmp_path.iterdir())
+    save(tmp_path / "m", config, random_tensors(config, 0), tokenizer)
+    assert load(tmp_path / "m").tokenizer.vocab_size == tokenizer.vocab_size
+
+
+def test_a_model_without_a_tokenizer_is_written_without_one(tmp_path, tensors):
+    save(tmp_path / "m", CONFIG, tensors, MissingTokenizer("m"))
+    assert {p.name for p in (tmp_path / "m").iterdir()} == {
+        "config.json", "generation_config.json", SINGLE,
+    }  # fmt: skip
+    assert not load(tmp_path / "m").tokenizer.available
 
 
 @pytest.mark.parametrize(
