@@ -84,6 +84,7 @@ class ChatEncoder:
             ids: list[int] = self._respelled.encode("".join(parts), add_special_tokens=False).ids
         except TypeError:  # from the library: the text has no UTF-8
             return self.tokenizer.encode(str.__str__(text))  # says where
+        self.tokenizer.check_limit(ids)
         return ids
 
     def _mark(self, run: str) -> str:

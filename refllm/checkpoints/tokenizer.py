@@ -139,7 +139,7 @@ class Tokenizer:
             ids: list[int] = inner.encode(text, add_special_tokens=special).ids
         except TypeError as error:  # from the library: the text has no UTF-8
             raise InputError(_no_text(text)) from error
-        self._check_limit(ids)
+        self.check_limit(ids)
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -151,10 +151,10 @@ class Tokenizer:
             return [self.encode(text) for text in texts]  # names the first bad text
         batch: list[list[int]] = [encoding.ids for encoding in encodings]
         for ids in batch:
-            self._check_limit(ids)
+            self.check_limit(ids)
         return batch
 
-    def _check_limit(self, ids: Sequence[int]) -> None:
+    def check_limit(self, ids: Sequence[int]) -> None:
         """ValueError if an id has no row in the model's embedding."""
         if self.limit is None or max(ids, default=-1) < self.limit:
             return
