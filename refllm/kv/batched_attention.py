@@ -26,7 +26,7 @@ from functools import lru_cache
 
 from refllm.backend import NUMPY, Array, DType, Namespace, asarray_like, namespace
 from refllm.model.attention import masked_score
-from refllm.model.weights import has_small_kernels
+from refllm.model.weight_layout import has_small_kernels
 
 MAX_SCORES = 2**20  # of a prefill at once; a larger one goes sequence by sequence, in tiles
 QUERY_TILE = 64  # queries of a sequence at a time

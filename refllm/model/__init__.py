@@ -8,7 +8,8 @@ In reading order:
 - ``rope``: the frequencies of RoPE, and how linear, YaRN and Llama 3's scaling stretch them
 - ``layers``: RMSNorm, RoPE, SwiGLU
 - ``attention``: causal grouped-query attention: all scores at once, in tiles, merged
-- ``weights``: the ``Linear`` interface, and floating-point weights
+- ``weights``: the ``Linear`` interface, and floating-point weights; ``weight_layout``: how they
+  lie in memory
 - ``llama``: ``forward`` over a ragged batch, and the weight tree that it walks
 
 Captured steps, which compute the same with less overhead, are in ``decode.fast``.

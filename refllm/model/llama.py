@@ -28,7 +28,8 @@ from refllm.model.attention import Attend
 from refllm.model.config import ModelConfig
 from refllm.model.layers import apply_rope, rms_norm, rope_table, swiglu
 from refllm.model.rope import rope_frequencies
-from refllm.model.weights import WeightArena, as_linear, fuse, fused_matmul
+from refllm.model.weight_layout import WeightArena
+from refllm.model.weights import as_linear, fuse, fused_matmul
 
 Layer = dict[str, Any]  # norm gains and biases as arrays, projections as Linear
 # "embed_tokens", "layers": list[Layer], "norm", "lm_head", "rope_frequencies"

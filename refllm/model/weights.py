@@ -9,8 +9,8 @@ stored.
 | x      | inputs of T tokens                            | [T, N]     |
 | ΣM     | outputs of weights that multiply the same x   |            |
 
-Read ``Linear``, ``Dense`` and ``fused_matmul``; the rest of the file arranges the same
-values so that OpenBLAS multiplies them faster, and changes no result beyond rounding.
+How a ``Dense`` weight lies in memory, so that OpenBLAS multiplies a few rows by it fast, is
+the business of ``weight_layout``.
 
 Left out: biases (the network adds them), sharding.
 """
@@ -18,15 +18,12 @@ Left out: biases (the network adds them), sharding.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache, partial
-from math import prod
-from typing import Protocol, TypeAlias, TypeGuard, cast
-
-import numpy as np
-from threadpoolctl import threadpool_info
+from functools import partial
+from typing import Protocol, TypeAlias, cast
 
 from refllm.backend import NUMPY, Array, DType, namespace
 from refllm.errors import InputError
+from refllm.model.weight_layout import Blocks, WeightArena, has_blocks, layout_for, to_blocks
 
 
 class Linear(Protocol):
@@ -67,9 +64,9 @@ class Dense:
     >>> weight.matmul(np.array([[1.0, 1.0]])).tolist()
     [[3.0, 7.0, 11.0]]
 
-    The array is kept as it is, and copied only where it is stored in blocks (see ``Blocks``
-    below): into ``arena``, or into an array of its own if there is no arena or it holds
-    another dtype. ValueError if ``weight`` is not a matrix.
+    The array is kept as it is, and copied only where it is stored in blocks
+    (``weight_layout``): into ``arena``, or into an array of its own if there is no arena or it
+    holds another dtype. ValueError if ``weight`` is not a matrix.
     """
 
     fused: Dense | None = None  # the fused weight that this one is a part of, see ``fuse``
@@ -139,8 +136,8 @@ class Dense:
     def bind(self, x: Array, out: Array) -> Callable[[], object]:
         """A call that multiplies the current contents of x[T, N] and writes x Wᵀ to out[T, M].
 
-        What depends on shapes alone is computed here, once. On the host only, for fewer
-        than 128 rows; T = ``padded_rows(T)`` is fastest.
+        What depends on shapes alone is computed here, once. On the host only;
+        T = ``padded_rows(T)`` is fastest.
         """
         if self._blocks is None:
             return partial(NUMPY.matmul, x, self._data.T, out=out)
@@ -175,210 +172,6 @@ def fused_matmul(x: Array, *weights: Linear) -> Array:
     return namespace(x).concat([weight.matmul(x) for weight in weights], axis=1)
 
 
-# --- Layout for OpenBLAS: skip on first reading ---------------------------------------------
-#
-# OpenBLAS copies ("packs") the operands of every product, which for a few rows costs five
-# times the product itself, unless both are small: with AVX-512 it has kernels that read up
-# to 10⁶ multiply-adds without packing (``benchmarks/layout.py`` measures both layouts).
-# There, on the host,
-#
-# - a weight is stored as blocks of 64 output columns, [M/64, N, 64], and multiplied as one
-#   batched matmul;
-# - rows are split into groups small enough that a group and a block stay below 10⁶;
-# - from 128 rows on packing pays, and pays best for wide operands: blocks are copied side
-#   by side for the product, which costs little and is as fast as one matrix;
-# - 1 and 3 rows are padded to 2 and 4: the matrix-vector kernel takes twice as long, and
-#   three rows 1.4 times.
-#
-# Without AVX-512 every matrix is packed. There a weight is one block of all columns,
-# [1, N, M], since packing much at once costs least, and up to 3 rows go one by one through
-# the matrix-vector kernel, which never packs. From there on the AVX2 kernel takes rows in
-# fours: 5 to 7 rows cost more than 8, so they are padded.
-#
-# On a GPU, or where M is no multiple of 64 (the keys of a small draft model), the weight
-# stays one matrix. Left out: groups of rows where N is above 3,906, for then not even
-# 4 rows and a block stay below 10⁶.
-
-BLOCK = 64  # output columns per block: the widest that OpenBLAS multiplies without packing
-MATVEC_ROWS = 3  # up to so many rows are multiplied one by one, where products are packed
-KERNEL_ROWS = 4  # rows that the AVX2 kernel takes at a time; it halves a rest of 1 to 3
-PADDED_BELOW = 64  # from so many rows on, padding the last few gains nothing measurable
-# from so many rows on packing pays, and blocks are laid side by side
-PACKED_FROM = 128  # mutate: equivalent (speed alone)
-PACKED_SIZE = 2**20  # elements of a weight that are laid side by side at a time
-# multiply-adds of the largest product that OpenBLAS does not pack
-# (sgemm_small_kernel_permit for SkylakeX)
-SMALL_PRODUCT = 10**6  # mutate: equivalent (speed alone)
-_CACHE_LINE = 64  # bytes, also of a vector: one that straddles two lines is read twice
-
-Product = tuple[Array, Array, Array]  # left, right, result
-
-
-class Blocks:
-    """W[M, N] as blocks of w output columns: data[M/w, N, w], on the host."""
-
-    def __init__(self, data: Array):
-        count, n, width = data.shape
-        self.data = data
-        self.shape = (count * width, n)  # (M, N)
-        # one block holds all columns, and its products are packed
-        self._single = count == 1 and (width != BLOCK or not has_small_kernels())
-
-    def fill(self, weight: Array) -> Blocks:
-        """Copy W[M, N] into the blocks; returns them."""
-        count, n, width = self.data.shape
-        self.data[...] = weight.reshape(count, width, n).transpose(0, 2, 1)  # [M/w, N, w]
-        return self
-
-    def matmul(self, x: Array) -> Array:
-        """x[T, N] → x Wᵀ [T, M]."""
-        rows = x.shape[0]
-        if rows >= PACKED_FROM and not self._single:  # mutate: equivalent (speed alone)
-            return self._matmul_packed(x)
-        more = self.padded_rows(rows) - rows
-        if more:
-            x = NUMPY.concat((x, x[-more:]))  # any row will do: the result is cut off
-        out: Array = NUMPY.empty(
-            (rows + more, self.shape[0]), dtype=NUMPY.result_type(x, self.data)
-        )
-        for left, right, result in self._split(x, out):
-            NUMPY.matmul(left, right, out=result)
-        return out[:rows] if more else out
-
-    def bind(self, x: Array, out: Array) -> Callable[[], object]:
-        """``Dense.bind``: a call writes the product of what x holds then to ``out``."""
-        products = [
-            partial(NUMPY.matmul, left, right, out=result)
-            for left, right, result in self._split(x, out)
-        ]
-        if len(products) == 1:
-            return products[0]
-        return lambda: [product() for product in products]
-
-    def padded_rows(self, rows: int) -> int:
-        """``Dense.padded_rows``: the number of rows, at least ``rows``, that is fastest."""
-        if self._single:
-            if MATVEC_ROWS < rows < PADDED_BELOW:
-                return rows + -rows % KERNEL_ROWS
-            return rows
-        return rows + 1 if rows in (1, 3) else rows
-
-    def _split(self, x: Array, out: Array) -> list[Product]:
-        """The products (left, right, result) that write x[T, N] Wᵀ to out[T, M], as views."""
-        if self._single:
-            if x.shape[0] <= MATVEC_ROWS:
-                return [(x[:, None], self.data[0], out[:, None])]  # T times [1, N] @ [N, M]
-            return [(x, self.data[0], out)]
-        rows = x.shape[0]
-        m, n = self.shape
-        most = SMALL_PRODUCT // (BLOCK * n)  # rows that are multiplied without packing
-        groups = -(-rows // most) if most >= 4 else 1  # mutate: equivalent (speed alone)
-        group = -(-rows // groups) if rows else 1  # rows of a group, as even as they can be
-        full = rows - rows % group
-        # [groups, 1, group, N] @ [M/64, N, 64], each product written to its place in out
-        left = x[:full].reshape(-1, 1, group, n)
-        result = out[:full].reshape(-1, group, m // BLOCK, BLOCK).transpose(0, 2, 1, 3)
-        products = [(left, self.data, result)]
-        if full < rows:  # the last, smaller group: [rest, N] @ [M/64, N, 64]
-            rest = out[full:].reshape(-1, m // BLOCK, BLOCK).transpose(1, 0, 2)
-            products.append((x[full:], self.data, rest))
-        return products
-
-    def _matmul_packed(self, x: Array) -> Array:
-        """``matmul`` of many rows: some blocks at a time are laid side by side, as a matrix
-        [N, columns].
-        """
-        out: Array = NUMPY.empty((x.shape[0], self.shape[0]), dtype=NUMPY.result_type(x, self.data))
-        n = self.shape[1]
-        start = 0
-        count = max(1, PACKED_SIZE // (BLOCK * n))
-        for first in range(0, self.data.shape[0], count):
-            blocks = self.data[first : first + count]
-            matrix = blocks.transpose(1, 0, 2).reshape(n, -1)  # [N, columns], a copy
-            stop = start + matrix.shape[1]
-            NUMPY.matmul(x, matrix, out=out[:, start:stop])
-            start = stop
-        return out
-
-    def rows(self, index: Array) -> Array:
-        """W[index] for index[T] → [T, N]."""
-        width = self.data.shape[2]
-        if width == self.shape[0]:  # a single block, which is Wᵀ
-            return self.data[0].T[index]
-        return self.data[index // width, :, index % width]
-
-    def to_matrix(self) -> Array:
-        """W[M, N], a new array."""
-        # an explicit copy: of a block as wide as it is high, reshape alone returns a view
-        return self.data.transpose(0, 2, 1).copy().reshape(self.shape)
-
-
-class WeightArena:
-    """One array for the blocks of many weights, in the order in which they are laid out.
-
-    From 4 MB on NumPy asks for huge pages. In pages of 4 KB the weights of a small model,
-    each below 4 MB, are more pages than a processor's table of them (its TLB) holds, which
-    costs a tenth of a decode step at batch size 1.
-    """
-
-    def __init__(self, shapes: Iterable[tuple[int, ...]], like: Array):
-        """Reserve memory for weights of ``shapes``; those that are not stored in blocks, as
-        on a GPU, need none here.
-        """
-        size = 0
-        if namespace(like) is NUMPY:
-            size = sum(prod(shape) for shape in shapes if is_blocked_shape(shape))
-        spare = np.empty(size + _CACHE_LINE, dtype=like.dtype)
-        first = -spare.__array_interface__["data"][0] % _CACHE_LINE // spare.itemsize
-        self.buffer = spare[first : first + size]  # starts at a cache line
-        self.used = 0
-
-    def accepts(self, weight: object) -> TypeGuard[np.ndarray]:
-        """Whether a weight is a host array of the dtype that is laid out here."""
-        return isinstance(weight, np.ndarray) and weight.dtype == self.buffer.dtype
-
-    def allocate(self, size: int) -> Array:
-        """The next ``size`` elements, [used, used + size)."""
-        self.used += size
-        return self.buffer[self.used - size : self.used]
-
-
-def to_blocks(weight: Array, arena: WeightArena | None = None) -> Blocks | None:
-    """W[M, N] in blocks, in ``arena`` if it accepts the weight; None if a weight of this
-    shape or library stays a matrix.
-    """
-    m, n = weight.shape
-    if namespace(weight) is not NUMPY or not is_blocked_shape((m, n)):
-        return None
-    if arena is not None and arena.accepts(weight):
-        memory = arena.allocate(m * n)
-    else:
-        memory = np.empty(m * n, dtype=weight.dtype)
-    return Blocks(memory.reshape(-1, n, block_width(m))).fill(weight)
-
-
-def is_blocked_shape(shape: tuple[int, ...]) -> bool:
-    """Whether a weight of this shape is stored in blocks on the host."""
-    return len(shape) == 2 and shape[0] % BLOCK == 0
-
-
-def block_width(columns: int) -> int:
-    """Output columns of a block: 64 where small products are not packed, else all."""
-    return BLOCK if has_small_kernels() else columns
-
-
-@cache
-def has_small_kernels() -> bool:
-    """Whether this BLAS multiplies small operands without packing: OpenBLAS does on
-    processors with AVX-512.
-    """
-    with_kernels = ("SkylakeX", "Cooperlake", "SapphireRapids")
-    return any(
-        pool["internal_api"] == "openblas" and pool["architecture"] in with_kernels
-        for pool in threadpool_info()
-    )
-
-
 def fuse(weights: Iterable[Weight], arena: WeightArena | None = None) -> list[Linear]:
     """Lay weights that multiply the same input (q, k and v, or gate and up) out as one.
 
@@ -390,14 +183,15 @@ def fuse(weights: Iterable[Weight], arena: WeightArena | None = None) -> list[Li
     given = list(weights)
     arrays = []
     if arena is not None:
-        arrays = [w for w in given if arena.accepts(w) and is_blocked_shape(w.shape)]
+        arrays = [w for w in given if arena.accepts(w) and has_blocks(w.shape)]
     if arena is None or len(given) == 1 or len(arrays) < len(given):
         return [as_linear(weight, arena) for weight in given]
     m = sum(len(weight) for weight in arrays)  # ΣM
     n = arrays[0].shape[1]
-    width = block_width(m)
+    layout = layout_for(m)
+    width = layout.width(m)
     data = arena.allocate(m * n).reshape(-1, n, width)  # [ΣM/w, N, w]
-    fused = Dense.from_blocks(Blocks(data))
+    fused = Dense.from_blocks(layout(data))
     first = 0
     parts: list[Linear] = []
     for weight in arrays:
@@ -406,7 +200,7 @@ def fuse(weights: Iterable[Weight], arena: WeightArena | None = None) -> list[Li
             place = data[:, :, first:last]
         else:
             place = data[first // width : last // width]
-        part = Dense.from_blocks(Blocks(place).fill(weight))
+        part = Dense.from_blocks(layout(place).fill(weight))
         part.fused = fused
         part.fused_start = first
         first = last

@@ -16,12 +16,12 @@ from refllm.decode.fast import captured_step
 from refllm.decode.fast.captured_step import CapturedStep, can_capture, make_decode_step
 from refllm.kv.contiguous import ContiguousCache
 from refllm.kv.paged import PagedKVCache
-from refllm.model import weights as weights_module
 from refllm.model.attention import CausalAttend
 from refllm.model.config import ModelConfig
 from refllm.model.llama import build, forward, logits
 from refllm.model.weights import Dense
 from strategies import model_configs, seeds
+from weight_layouts import PROCESSORS, on_processor
 
 # Every output is a multiple of 64: in blocks, and q, k, v and gate, up are one product each
 BLOCKED = ModelConfig("llama", 128, 64, 192, 2, 4, 2, 32)
@@ -46,18 +46,18 @@ def full_forward(weights, config: ModelConfig, tokens) -> np.ndarray:
 )
 @given(
     config=model_configs(families=["llama", "mistral"]) | st.just(BLOCKED),
-    in_place=st.booleans(),
+    processor=st.sampled_from(PROCESSORS),
     paged=st.booleans(),
     steps=st.lists(
         st.lists(st.integers(0, 3), min_size=3, max_size=3).filter(any), min_size=1, max_size=5
     ),
     seed=seeds,
 )
-def test_a_captured_step_is_the_network(config, in_place, paged, steps, seed):
+def test_a_captured_step_is_the_network(config, processor, paged, steps, seed):
     rng = np.random.default_rng(seed)
     texts = rng.integers(0, config.vocab_size, (3, 16))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights_module, "has_small_kernels", lambda: in_place)
+        on_processor(patch, *processor)
         patch.setattr(captured_step, "INITIAL_POSITIONS", 2)
         patch.setattr(captured_step, "MAX_POSITIONS", 9)
         weights = network(config, seed)
@@ -126,7 +126,7 @@ def test_padding_rows_stay_zeros_whatever_the_memory_held(monkeypatch):
     """A batch of NaN leaves its memory to the next, smaller one, which computes a padding
     row.
     """
-    monkeypatch.setattr(weights_module, "has_small_kernels", lambda: True)
+    on_processor(monkeypatch, "SkylakeX", 1)
     weights = network(BLOCKED, 0)
     weights["embed_tokens"] = Dense(
         np.where(np.arange(128)[:, None] < 4, np.nan, weights["embed_tokens"].dequantize())

@@ -1,4 +1,4 @@
-"""``Dense`` in both layouts against the plain matrix."""
+"""``Dense`` in every layout against the plain matrix, and weights that are multiplied as one."""
 
 from __future__ import annotations
 
@@ -8,88 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import to_host
-from refllm.model import weights
-from refllm.model.weights import BLOCK, Dense, WeightArena, bind_fused, fuse, fused_matmul
-from strategies import arrays, seeds
-
-# one block and several, one row less and one more, and sizes that are no multiple of 64
-outputs = st.sampled_from([1, 3, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 3 * BLOCK, 5 * BLOCK])
-dtypes = st.sampled_from(["float32", "float64"])
+from refllm.model import weight_layout
+from refllm.model.weight_layout import COLUMNS, WeightArena
+from refllm.model.weights import Dense, bind_fused, fuse, fused_matmul
+from strategies import seeds
+from weight_layouts import PROCESSORS, matrices, on_processor
 
 
-@st.composite
-def matrices(draw):
-    """Host W[M, N]; every kind but the extreme one, whose products overflow in any layout."""
-    kinds = ("normal", "outlier_column", "zero", "constant", "denormal", "one_sided")
-    return draw(arrays(draw(outputs), st.integers(1, 9), dtype=draw(dtypes), kinds=kinds))
-
-
-@pytest.fixture(params=[True, False], ids=["AVX-512", "no AVX-512"])
+@pytest.fixture(params=PROCESSORS, ids=lambda processor: f"{processor[0]}-{processor[1]}")
 def processor(request, monkeypatch):
-    """Both kinds of processor, since the layout of a weight depends on it."""
-    monkeypatch.setattr(weights, "has_small_kernels", lambda: request.param)
-
-
-@pytest.mark.theorem(
-    "Dense.matmul(x) = x Wᵀ in every layout, for every M, N and T",
-    source="ARCHITECTURE.md: the weight seam",
-)
-@given(
-    matrices(),
-    st.integers(0, 70),
-    st.sampled_from([0, 3, 4, 5, 16, 10**6]),
-    st.sampled_from([2, 30, weights.PACKED_FROM]),
-    st.sampled_from([0, 1, 3, weights.PACKED_SIZE]),
-    st.booleans(),
-    seeds,
-)
-def test_matmul_is_the_plain_product(xp, weight, rows, most, many, wide, in_place, seed):
-    x = np.random.default_rng(seed).standard_normal((rows, weight.shape[1])).astype(weight.dtype)
-    # groups of at most ``most`` rows; below 4 there are no groups
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights, "SMALL_PRODUCT", most * BLOCK * weight.shape[1])
-        patch.setattr(weights, "PACKED_FROM", many)
-        # blocks side by side at a time
-        patch.setattr(weights, "PACKED_SIZE", wide * BLOCK * weight.shape[1])
-        patch.setattr(weights, "has_small_kernels", lambda: in_place)
-        got = to_host(Dense(xp.asarray(weight)).matmul(xp.asarray(x)))
-    assert got.shape == (rows, weight.shape[0])
-    assert got.dtype == weight.dtype
-    exact = x.astype(np.longdouble) @ weight.T.astype(np.longdouble)
-    # a sum of N products errs by N·eps of the sum of their sizes, in any order; a denormal
-    # product by its spacing
-    info = np.finfo(weight.dtype)
-    n = weight.shape[1]
-    bound = (
-        n
-        * float(info.eps)
-        * (np.abs(x).astype(np.longdouble) @ np.abs(weight).T.astype(np.longdouble))
-    )
-    assert (np.abs(got - exact) <= bound + n * float(info.smallest_subnormal)).all()
-
-
-@pytest.mark.parametrize("rows", range(12))
-def test_every_row_is_in_a_group_whatever_the_rest(rows, monkeypatch):
-    monkeypatch.setattr(weights, "SMALL_PRODUCT", 4 * BLOCK * 7)  # groups of at most 4 rows
-    monkeypatch.setattr(weights, "has_small_kernels", lambda: True)
-    w = np.arange(2 * BLOCK * 7.0).reshape(-1, 7)
-    x = np.arange(7.0 * rows).reshape(rows, 7)
-    dense = Dense(w)
-    out = np.full((rows, 2 * BLOCK), np.nan)
-    dense.bind(x, out)()
-    np.testing.assert_array_equal(out, x @ w.T)  # integers: exact
-    np.testing.assert_array_equal(dense.matmul(x), out)
-
-
-@pytest.mark.parametrize("blocks", [0, 1, 2, 3, 9])
-def test_many_rows_see_every_block_however_many_lie_side_by_side(blocks, monkeypatch):
-    monkeypatch.setattr(weights, "PACKED_FROM", 4)
-    # 0: not even one fits, and one is taken
-    monkeypatch.setattr(weights, "PACKED_SIZE", blocks * BLOCK * 7)
-    monkeypatch.setattr(weights, "has_small_kernels", lambda: True)
-    w = np.arange(5 * BLOCK * 7.0).reshape(-1, 7)
-    x = np.arange(28.0).reshape(4, 7)
-    np.testing.assert_array_equal(Dense(w).matmul(x), x @ w.T)  # integers: exact
+    """Every kind of processor, since the layout of a weight depends on it."""
+    on_processor(monkeypatch, *request.param)
 
 
 @pytest.mark.usefixtures("processor")
@@ -126,8 +55,8 @@ def test_storage_is_counted_and_the_layout_costs_none(xp, weight):
 
 
 def test_layout_is_chosen_by_library_and_shape(xp):
-    multiple = xp.zeros((2 * BLOCK, 3))
-    other = xp.zeros((2 * BLOCK + 1, 3))
+    multiple = xp.zeros((2 * COLUMNS, 3))
+    other = xp.zeros((2 * COLUMNS + 1, 3))
     assert Dense(multiple).blocked == (xp is np)
     assert not Dense(other).blocked
 
@@ -154,7 +83,7 @@ def laid_out(xp, sizes, columns, seed, dtype="float64", arena_dtype="float64"):
 @given(st.data(), st.integers(1, 9), st.integers(0, 5), seeds)
 def test_fused_product_is_the_products_side_by_side(xp, data, columns, rows, seed):
     sizes = data.draw(
-        st.lists(st.sampled_from([BLOCK, 2 * BLOCK, 3 * BLOCK, 5]), min_size=1, max_size=4)
+        st.lists(st.sampled_from([COLUMNS, 2 * COLUMNS, 3 * COLUMNS, 5]), min_size=1, max_size=4)
     )
     host, dense, _ = laid_out(xp, sizes, columns, seed)
     chosen = data.draw(st.lists(st.integers(0, len(sizes) - 1), min_size=1, max_size=4))
@@ -177,11 +106,11 @@ def test_fused_product_is_the_products_side_by_side(xp, data, columns, rows, see
 @pytest.mark.usefixtures("processor")
 @given(st.data(), st.integers(1, 9), st.integers(1, 9), st.sampled_from([0, 4, 10**6]), seeds)
 def test_a_bound_product_reads_x_when_it_is_called(data, columns, rows, most, seed):
-    sizes = data.draw(st.lists(st.sampled_from([BLOCK, 2 * BLOCK, 5]), min_size=1, max_size=3))
+    sizes = data.draw(st.lists(st.sampled_from([COLUMNS, 2 * COLUMNS, 5]), min_size=1, max_size=3))
     _, dense, _ = laid_out(np, sizes, columns, seed)
     mine = dense if data.draw(st.booleans()) else dense[::-1]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights, "SMALL_PRODUCT", most * BLOCK * columns)
+        patch.setattr(weight_layout, "SMALL_PRODUCT", most * COLUMNS * columns)
         x = np.zeros((rows, columns))
         out = np.full((rows, sum(sizes)), np.nan)
         call = bind_fused(x, out, mine)
@@ -195,21 +124,9 @@ def test_a_bound_product_reads_x_when_it_is_called(data, columns, rows, most, se
             seed += 1
 
 
-@pytest.mark.parametrize(
-    ("in_place", "padded"),
-    [(True, [0, 2, 2, 4, 4, 5, 6, 7, 8, 9]), (False, [0, 1, 2, 3, 4, 8, 8, 8, 8, 12])],
-)
-def test_rows_are_padded_to_what_is_fastest(in_place, padded, monkeypatch):
-    monkeypatch.setattr(weights, "has_small_kernels", lambda: in_place)
-    blocked = Dense(np.ones((2 * BLOCK, 3)))
-    plain = Dense(np.ones((BLOCK + 1, 3)))
-    assert [blocked.padded_rows(rows) for rows in range(10)] == padded
-    assert [plain.padded_rows(rows) for rows in range(10)] == list(range(10))
-
-
 @pytest.mark.usefixtures("processor")
 def test_fused_weights_are_one_product_and_share_the_arena(xp, monkeypatch):
-    _, dense, arena = laid_out(xp, (2 * BLOCK, BLOCK), 3, 0)
+    _, dense, arena = laid_out(xp, (2 * COLUMNS, COLUMNS), 3, 0)
     multiplied = []
     monkeypatch.setattr(
         Dense,
@@ -218,9 +135,9 @@ def test_fused_weights_are_one_product_and_share_the_arena(xp, monkeypatch):
     )
     x = xp.ones((2, 3))
     fused_matmul(x, *dense)
-    assert multiplied == ([(3 * BLOCK, 3)] if xp is np else [(2 * BLOCK, 3), (BLOCK, 3)])
-    assert arena.used == (9 * BLOCK if xp is np else 0)
-    for others in (dense[:1], dense[::-1], [dense[0], Dense(xp.ones((BLOCK, 3)))]):
+    assert multiplied == ([(3 * COLUMNS, 3)] if xp is np else [(2 * COLUMNS, 3), (COLUMNS, 3)])
+    assert arena.used == (9 * COLUMNS if xp is np else 0)
+    for others in (dense[:1], dense[::-1], [dense[0], Dense(xp.ones((COLUMNS, 3)))]):
         multiplied.clear()
         fused_matmul(x, *others)
         assert multiplied == [w.shape for w in others]  # never the fused one
@@ -228,18 +145,18 @@ def test_fused_weights_are_one_product_and_share_the_arena(xp, monkeypatch):
 
 @pytest.mark.usefixtures("processor")
 def test_an_arena_takes_only_blocks_of_its_own_dtype():
-    for sizes, types in (((BLOCK, BLOCK + 1), {}), ((BLOCK, BLOCK), {"dtype": "float32"})):
+    for sizes, types in (((COLUMNS, COLUMNS + 1), {}), ((COLUMNS, COLUMNS), {"dtype": "float32"})):
         _, dense, _ = laid_out(np, sizes, 3, 0, **types)
         assert all(w.fused is None for w in dense)
-    _, (first, second), arena = laid_out(np, (BLOCK, BLOCK), 3, 0)
+    _, (first, second), arena = laid_out(np, (COLUMNS, COLUMNS), 3, 0)
     assert first.blocked
     assert arena.buffer.__array_interface__["data"][0] % 64 == 0
     assert np.shares_memory(first.fused._data, second._data)
-    assert arena.buffer.size == arena.used == 6 * BLOCK
+    assert arena.buffer.size == arena.used == 6 * COLUMNS
 
 
 def test_mixed_types_follow_numpys_promotion():
-    weight = np.ones((BLOCK, 4), dtype=np.float32)
+    weight = np.ones((COLUMNS, 4), dtype=np.float32)
     assert Dense(weight).matmul(np.ones((2, 4))).dtype == np.float64
 
 
