@@ -176,13 +176,16 @@ def test_committed_results_state_machine_and_versions(path: Path) -> None:
         assert not {"transformers", "torch"} & set(record["skipped"])
 
 
-def test_layout_compares_both_layouts_at_every_row_count(tmp_path: Path) -> None:
+def test_layout_compares_every_layout_at_every_row_count(tmp_path: Path) -> None:
     record, printed = run("layout", tmp_path)
     check_record(record, "layout")
     assert [(r["m"], r["n"], r["rows"]) for r in record["results"]] == [
         (m, n, rows) for m, n in ((4096, 256), (768, 256), (256, 768)) for rows in (1, 2)
     ]
-    assert "plain / blocked" in printed
+    for row in record["results"]:
+        assert set(row["layouts_us"]) == {"Blocks", "Tiles", "OneBlock"}
+        assert row["chosen"] in row["layouts_us"]
+    assert "plain / chosen" in printed
 
 
 def test_a_quantised_cache_is_timed_beside_a_full_one(tmp_path: Path) -> None:
