@@ -20,7 +20,7 @@ from strategies import build, seeds
 
 LEGACY = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 K_QUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
-BLOCKS = (*LEGACY, *K_QUANTS, "MXFP4")
+BLOCKS = (*LEGACY, *K_QUANTS, "MXFP4", "IQ4_NL")
 FLOATS = ("F32", "F16", "BF16")
 
 # First 12 hex digits of the md5 of ggml's bytes for ``golden_input``, without and with
@@ -31,7 +31,7 @@ DIGESTS = {
     "Q8_0": ("ad2b80b972be", "ad2b80b972be"), "Q2_K": ("e64f815c48b5", "f1c3de1de134"),
     "Q3_K": ("a80db95e16b5", "36b0fd960769"), "Q4_K": ("745ec4eca4b6", "1c00e46920fd"),
     "Q5_K": ("46760c5e6b11", "0ea37fc73198"), "Q6_K": ("eddd68cc19c6", "0613ce6c6f2d"),
-    "MXFP4": ("7211cba3d11b", "7211cba3d11b"),
+    "MXFP4": ("7211cba3d11b", "7211cba3d11b"), "IQ4_NL": ("82e1427381e2", "3db366cc87dc"),
 }  # fmt: skip
 
 

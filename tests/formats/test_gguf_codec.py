@@ -30,6 +30,7 @@ from gguf_data import (
 )
 from refllm.formats.gguf import codec
 from refllm.formats.gguf.codec import dequantize, quantize
+from refllm.formats.gguf.nonlinear import VALUES
 from refllm.formats.gguf.types import FIELDS, TYPES, row_bytes
 from strategies import build, seeds
 
@@ -75,7 +76,9 @@ def test_golden_digests_of_edges(xp, name):
         assert found == recorded, type
 
 
-@pytest.mark.parametrize("type", ["Q4_K", "Q3_K", "Q4_0", "Q5_1", "Q8_0", "MXFP4", "BF16"])
+@pytest.mark.parametrize(
+    "type", ["Q4_K", "Q3_K", "Q4_0", "Q5_1", "Q8_0", "MXFP4", "IQ4_NL", "BF16"]
+)
 def test_pieces_change_no_byte(type, monkeypatch):
     x = golden_input()
     w = golden_importance()
@@ -161,6 +164,62 @@ def test_q8_0_of_a_block_whose_largest_value_is_127(xp):
     np.testing.assert_array_equal(raw[:, :2], [[0x00, 0x3C]] * 2)
     np.testing.assert_array_equal(raw[0, 2:].view(np.int8), codes + [0] * 20)
     np.testing.assert_array_equal(raw[1, 2:].view(np.int8), [0] * 31 + [-127])
+
+
+@pytest.mark.theorem(
+    "IQ4_NL's codes are the values nearest to x/s, of two the upper one, and s is the best of "
+    "sixteen scales for Σ w (x − s·v)²",
+    source="ggml's quantiser",
+)
+@given(
+    matrices(columns=64, kinds=("normal", "outlier_column", "one_sided", "ties", "sign_runs")),
+    st.none() | importances(columns=64),
+)
+def test_iq4_nl_by_definition(xp, x, importance):
+    """Block by block in float64: the sixteen candidates, each code by looking at all values."""
+    values = np.array(VALUES, dtype=np.float64)
+    upper = values[::-1]  # argmin takes the first of two that are equally near
+    raw = encode(xp, x, "IQ4_NL", importance).reshape(-1, 18)
+    weights = np.ones_like(x) if importance is None else np.broadcast_to(importance, x.shape)
+    for block, w, data in zip(x.reshape(-1, 32), weights.reshape(-1, 32), raw, strict=True):
+        block = block.astype(np.float64)
+        if importance is None:
+            w = block**2
+        else:
+            w = w * np.sqrt(2 * np.mean(block**2) + block**2)
+
+        def nearest(t):
+            return upper[np.abs(t[:, None] - upper).argmin(axis=1)]
+
+        largest = block[np.abs(block).argmax()]
+        if largest == 0:
+            continue
+        scores = []
+        for inverse in (-127 / -largest, *((i - 127) / largest for i in range(-7, 8))):
+            v = nearest(block * inverse)
+            scores.append(((w * v * block).sum(), (w * v * v).sum()))
+        d = float(data[:2].view(np.float16)[0])
+        v = values[np.concatenate([data[2:] & 15, data[2:] >> 4])]
+        best = max((sx * sx / sq for sx, sq in scores if sq > 0), default=0.0)
+        # the codes are made once more with the scale: they can only come nearer
+        error = (w * (block - d * v) ** 2).sum()
+        total = (w * block**2).sum()
+        assert error <= total - best + 1e-3 * total
+        if d != 0 and abs(d) >= 2.0**-14:
+            assert np.abs(block / d - v).max() <= np.abs(block / d - nearest(block / d)).max() + 0.1
+
+
+def test_iq4_nl_of_a_block_of_its_own_values(xp):
+    """Values times −½ have the extreme 63.5: the first candidate finds the scale −½ exactly."""
+    x = np.zeros((1, 64), np.float32)
+    x[0, :16] = np.array(VALUES) * -0.5
+    x[0, 32:48] = np.array(VALUES[::-1]) * 0.25
+    raw = encode(xp, x, "IQ4_NL").reshape(2, 18)
+    assert [float(b[:2].view(np.float16)[0]) for b in raw] == [-0.5, 0.25]
+    codes = np.arange(16)
+    np.testing.assert_array_equal(raw[0, 2:], codes | 0x80)  # 0 is code 8: the value 1
+    np.testing.assert_array_equal(raw[1, 2:], codes[::-1] | 0x80)
+    np.testing.assert_array_equal(decode(raw.reshape(1, -1), "IQ4_NL")[0, :16], x[0, :16])
 
 
 @pytest.mark.parametrize("divisor", [1, 2, 3, 127, 1024])
@@ -371,6 +430,7 @@ RMSE = {
     "Q6_K": 0.0178,
     "Q8_0": 0.0054,
     "MXFP4": 0.116,
+    "IQ4_NL": 0.077,
 }
 
 
@@ -441,7 +501,7 @@ def test_signs_do_not_pass_through_elsewhere():
 def test_importance_moves_the_error_to_where_it_costs_nothing():
     x = build("normal", (16, 512), 5)
     w = np.where(np.arange(512) % 2, np.float32(100), np.float32(0.01))
-    for type in (*K_QUANTS, "Q4_0", "Q4_1", "Q5_0", "Q5_1"):
+    for type in (*K_QUANTS, "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL"):
         plain, weighted = ((dequantize(quantize(x, type, i), type) - x) ** 2 @ w for i in (None, w))
         assert weighted.sum() < plain.sum(), type
 
@@ -528,13 +588,15 @@ def test_zeros(xp):
                 assert block == bytes.fromhex("0080") + b"\x88" * 16  # d = 0/−8 = −0
             elif type == "Q5_0":
                 assert block == bytes.fromhex("0080") + b"\xff" * 4 + b"\x00" * 16
+            elif type == "IQ4_NL":
+                assert block == bytes(2) + b"\x88" * 16  # 1 is the value nearest to 0
             elif not np.signbit(zeros).any() or not type.endswith(
                 "_1"
             ):  # the offset keeps the sign of a zero
                 assert not any(block), type
             weighted = encode(xp, zeros, type, np.ones(256, np.float32))
             assert not decode(weighted, type).any()
-            assert not weighted.any() or np.signbit(zeros).any()
+            assert not weighted.any() or np.signbit(zeros).any() or type == "IQ4_NL"
 
 
 @given(st.integers(0, 2**32 - 1))

@@ -5,6 +5,7 @@ published sizes.
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,11 @@ def test_the_most_used_mix_by_hand():
         ("Q8_0", 2, "output", "Q8_0"),
         ("Q4_0", 2, "output", "Q6_K"),
         ("Q4_0", 2, "token_embd", "Q4_0"),
+        ("IQ4_NL", 1, "blk.0.attn_v", "Q5_K"),
+        ("IQ4_NL", 2, "blk.0.attn_v", "IQ4_NL"),
+        ("IQ4_NL", 2, "blk.1.ffn_down", "Q5_K"),
+        ("IQ4_NL", 2, "blk.2.ffn_down", "IQ4_NL"),
+        ("IQ4_NL", 2, "output", "Q6_K"),
     ],
 )
 def test_the_table_by_hand(name, kv, tensor, expected):
@@ -100,7 +106,7 @@ def test_file_types_are_llama_cpps_numbers():
     """``general.file_type`` as in llama.h's ``llama_ftype``."""
     numbers = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9}
     numbers |= {"Q2_K": 10, "Q3_K_S": 11, "Q3_K_M": 12, "Q3_K_L": 13, "Q4_K_S": 14, "Q4_K_M": 15}
-    numbers |= {"Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "BF16": 32}
+    numbers |= {"Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "IQ4_NL": 25, "BF16": 32}
     assert {name: number for name, (_, number) in MIXES.items()} == numbers
     assert {name: number for number, name in FILE_TYPES.items()} == numbers
 
@@ -183,6 +189,8 @@ def test_seventy_billions():
 
 def test_an_importance_lifts_the_first_ffn_down():
     shapes, heads = network()
+    plain = mix(shapes, "IQ4_NL", heads, importance=True)
+    assert plain["blk.0.ffn_down.weight"] == "IQ4_NL"  # which needs Q5_K without
     for name, better in (("Q4_0", "Q4_1"), ("Q5_0", "Q5_1")):
         assert mix(shapes, name, heads, importance=True)["blk.1.ffn_down.weight"] == better
         assert mix(shapes, name, heads, importance=True)["blk.2.ffn_down.weight"] == name
@@ -215,14 +223,20 @@ def test_an_unknown_mix_is_rejected():
 # --- llama.cpp ----------------------------------------------------------------------------
 
 
+@cache
+def silence() -> Any:
+    """A callback that logs nothing. The library keeps it, and so must we."""
+    llama_cpp = oracle("llama_cpp", "pip install llama-cpp-python")
+    return llama_cpp.llama_log_callback(lambda *_: None)
+
+
 def theirs(source, target, name) -> None:
     """llama.cpp's own quantiser."""
     llama_cpp = oracle("llama_cpp", "pip install llama-cpp-python")
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = MIXES[name][1]
     params.nthread = 1
-    silent = llama_cpp.llama_log_callback(lambda *_: None)
-    llama_cpp.llama_log_set(silent, None)
+    llama_cpp.llama_log_set(silence(), None)
     assert llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), params) == 0
 
 
@@ -232,7 +246,7 @@ def theirs(source, target, name) -> None:
     [
         (16, 1, 256, 256, False, ("Q4_K_M", "Q2_K")),
         (32, 2, 256, 256, True, ()),
-        (5, 4, 256, 256, True, ("Q3_K_M", "Q5_0")),
+        (5, 4, 256, 256, True, ("Q3_K_M", "Q5_0", "IQ4_NL")),
         (9, 2, 256, 288, True, ("Q5_K_M",)),
         (8, 2, 320, 256, False, ("Q3_K_L", "Q6_K")),
     ],
@@ -300,7 +314,7 @@ def test_published_bits_per_weight(name):
 
 def test_the_study_counts_what_a_file_has():
     rows = {row["mix"]: row for row in table()}
-    assert set(rows) == set(QUANTISED) - {"Q4_1", "Q5_1"}
+    assert set(rows) == set(QUANTISED) - {"Q4_1", "Q5_1", "IQ4_NL"}
     shapes = shapes_of(LLAMA_2_7B)
     types = mix(shapes, "Q2_K", Heads("llama", 32, 32, 32))
     counted = sum(

@@ -9,6 +9,7 @@ elaborate on.
 | legacy            | Q8_0, Q4_0, Q4_1, Q5_0, Q5_1: 32 elements, one scale         |
 | kquants           | Q2_K, Q4_K, Q5_K: 256 elements, quantised scales and offsets |
 | kquants_symmetric | Q3_K, Q6_K: the same without offsets                         |
+| nonlinear         | IQ4_NL: 32 elements, one scale, values unevenly spaced       |
 | scale_search      | how a block's scale is found                                 |
 | plain             | F32, F16, BF16, and MXFP4                                    |
 | bits, arithmetic  | codes in bytes; float32 arithmetic in ggml's order           |

@@ -18,7 +18,7 @@ import numpy as np
 
 from refllm.backend import Array, namespace
 from refllm.errors import InputError
-from refllm.formats.gguf import kquants, kquants_symmetric, legacy, plain
+from refllm.formats.gguf import kquants, kquants_symmetric, legacy, nonlinear, plain
 from refllm.formats.gguf.arithmetic import without_warnings
 from refllm.formats.gguf.types import gguf_type, row_bytes
 from refllm.formats.granularity import tile_elements
@@ -28,9 +28,14 @@ __all__ = ["dequantize", "quantize"]
 
 # Elements per tile (host, device): the few arrays of a search stay in cache
 TILE = (1 << 18, 1 << 24)
-KQUANTS = kquants.QUANTIZERS | kquants_symmetric.QUANTIZERS
+# these take the importance as it is
+SEARCHED = kquants.QUANTIZERS | kquants_symmetric.QUANTIZERS | nonlinear.QUANTIZERS
 DEQUANTIZERS = (
-    plain.DEQUANTIZERS | legacy.DEQUANTIZERS | kquants.DEQUANTIZERS | kquants_symmetric.DEQUANTIZERS
+    plain.DEQUANTIZERS
+    | legacy.DEQUANTIZERS
+    | nonlinear.DEQUANTIZERS
+    | kquants.DEQUANTIZERS
+    | kquants_symmetric.DEQUANTIZERS
 )
 
 
@@ -103,10 +108,10 @@ def _quantize_tile(x: Array, type: str, importance: Array | None) -> Array:
     if type in plain.QUANTIZERS:
         return plain.QUANTIZERS[type](blocks)
     weights = None
-    if type in KQUANTS:
+    if type in SEARCHED:
         if importance is not None:
             weights = xp.reshape(xp.broadcast_to(importance, x.shape), blocks.shape)
-        return KQUANTS[type](blocks, weights)
+        return SEARCHED[type](blocks, weights)
     if importance is not None:
         weights = xp.reshape(legacy.importance_weights(x, importance), blocks.shape)
     return legacy.QUANTIZERS[type](blocks, weights)

@@ -11,18 +11,21 @@ them; ffn_down sums over the widest input; the output matrix makes the logits.
 | ffn_down    | Q3_K              | Q4_K; Q5_K in 1/16      | Q5_K   | Q5_K, 1/8 | Q6_K, some     |
 | attn_output | Q3_K              | Q4_K                    | Q5_K   |           |                |
 
-The output matrix (or the tied embedding) is Q6_K in all mixes but Q8_0, which keeps Q8_0.
+In IQ4_NL attn_v of shared heads is Q5_K, and so is ffn_down of the first eighth without an
+importance. The output matrix (or the tied embedding) is Q6_K in all mixes but Q8_0, which
+keeps Q8_0.
 
 (GQA: four or more query heads share a key/value head.) Everything else has the base type;
 norms, biases and other vectors stay F32. A row that blocks of 256 do not divide falls back
-to a type with blocks of 32, or to F16.
+to a type with blocks of 32, or to F16. (Until 2025 llama.cpp's Q2_K and Q3_K fell back to
+IQ4_NL; today they fall back to Q4_0.)
 
 A 70B (80 layers, shared heads) gets Q5_K for attn_v instead of Q3_K or Q4_K. With an
 importance, Q4_0 and Q5_0 store ffn_down of the first eighth as Q4_1 and Q5_1.
 
 Source: llama.cpp's quantiser (llama-quant.cpp), compared with it tensor by tensor.
 
-Left out: mixture of experts, Falcon's own rules, the lattice types, overrides by name.
+Left out: mixture of experts, Falcon's own rules, the other lattice types, overrides by name.
 """
 
 from __future__ import annotations
@@ -45,6 +48,7 @@ MIXES = {
     "Q3_K_S": ("Q3_K", 11), "Q3_K_M": ("Q3_K", 12), "Q3_K_L": ("Q3_K", 13),
     "Q4_K_S": ("Q4_K", 14), "Q4_K_M": ("Q4_K", 15),
     "Q5_K_S": ("Q5_K", 16), "Q5_K_M": ("Q5_K", 17), "Q6_K": ("Q6_K", 18),
+    "IQ4_NL": ("IQ4_NL", 25),
 }  # fmt: skip
 FILE_TYPES = {number: name for name, (_, number) in MIXES.items()}
 FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
@@ -138,6 +142,8 @@ def _attn_v(i: int, name: str, base: str, heads: Heads) -> str:
         wanted = "Q4_K" if heads.heads // heads.kv_heads >= 4 else "Q3_K"
     elif name == "Q3_K_M":
         wanted = "Q5_K" if i < 2 else "Q4_K"
+    elif name == "IQ4_NL":
+        wanted = "Q5_K" if heads.heads // heads.kv_heads >= 4 else base
     elif name == "Q3_K_L" or (name == "Q4_K_S" and i < 4):
         wanted = "Q5_K"
     elif name in ("Q4_K_M", "Q5_K_M") and more_bits(i, heads.layers):
@@ -154,6 +160,8 @@ def _ffn_down(i: int, name: str, base: str, layers: int, importance: bool) -> st
     if name == "Q3_K_M":
         return "Q5_K" if i < layers // 16 else "Q4_K"
     if name == "Q3_K_L" or (name == "Q4_K_S" and i < layers // 8):
+        return "Q5_K"
+    if name == "IQ4_NL" and i < layers // 8 and not importance:
         return "Q5_K"
     if name in ("Q4_K_M", "Q5_K_M") and more_bits(i, layers):
         return "Q6_K"

@@ -9,12 +9,13 @@ A row of K elements is stored as K / block blocks of ``size`` bytes each, which 
 | Q8_0           | 32                 | 34     | 8.5             | scale, 8-bit codes           |
 | Q4_0, Q5_0     | 32                 | 18, 22 | 4.5, 5.5        | scale, codes around 0        |
 | Q4_1, Q5_1     | 32                 | 20, 24 | 5, 6            | scale, offset, codes from 0  |
+| IQ4_NL         | 32                 | 18     | 4.5             | scale, codes of 16 values    |
 | MXFP4          | 32                 | 17     | 4.25            | power of two, 4-bit floats   |
 | Q2_K … Q6_K    | 256                | 84 …   | 2.625 …         | sub-blocks, quantised scales |
 
 Source: the GGUF specification, and ggml's block structures (the ids are ggml's).
 
-Left out: the lattice and ternary types (IQ…, TQ…), integers, Q8_1 and Q8_K (activations,
+Left out: the other lattice and the ternary types (IQ…, TQ…), integers, Q8_1 and Q8_K (activations,
 never in files).
 """
 
@@ -66,6 +67,7 @@ TYPES = {
         GGUFType("Q4_K", 12, 256, 144),
         GGUFType("Q5_K", 13, 256, 176),
         GGUFType("Q6_K", 14, 256, 210),
+        GGUFType("IQ4_NL", 20, 32, 18),
         GGUFType("BF16", 30, 1, 2),
         GGUFType("MXFP4", 39, 32, 17),
     )
@@ -100,6 +102,7 @@ FIELDS: dict[str, tuple[Field, ...]] = {
     "Q5_0": (_D, _FIFTH, _NIBBLES),
     "Q5_1": (_D, _M, _FIFTH, _NIBBLES),
     "Q8_0": (_D, Field("codes", 32, "number j, signed")),
+    "IQ4_NL": (_D, _NIBBLES),
     "MXFP4": (Field("step", 1, "E"), _NIBBLES),
     "Q2_K": (Field("scales", 16, "low half: scale j, high half: offset j"), _QUARTERS, _D, _DMIN),
     "Q3_K": (Field("high bits", 32, "byte l, bit t: number 32t + l"), _QUARTERS,
