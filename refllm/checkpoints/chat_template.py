@@ -40,8 +40,10 @@ __all__ = ["ROLES", "ChatTemplates", "Message", "checked_messages"]
 
 Message = Mapping[str, Any]
 
-ROLES = frozenset(("system", "developer", "user", "assistant", "model", "tool", "function"))
-ROLES |= {"ipython", "environment", "observation"}
+ROLES = frozenset(
+    ("system", "developer", "user", "assistant", "model")
+    + ("tool", "function", "ipython", "environment", "observation")  # noqa: RUF005 (two lines)
+)
 DEFAULT = "default"  # the names of templates that are chosen without being asked for
 TOOL_USE = "tool_use"
 # The names that a message's reasoning is passed under; templates read the first, or the second.
