@@ -7,15 +7,19 @@
 | ``model.generate(prompt, n)``         | the new text for text, the new ids for ids         |
 | ``model.generate_batch(prompts, n)``  | the new ids of each prompt of a static batch       |
 | ``model.stream(prompt, n)``           | the new text piece by piece                        |
+| ``model.chat(messages)``              | the answer to a list of messages                   |
+| ``model.stream_chat(messages)``       | the answer piece by piece                          |
+| ``model.conversation()``              | a ``Conversation``, which computes only new turns  |
 
-Left out: chat templates, beam search, several continuations of a prompt (the engine has n).
+Left out: beam search, several continuations of a prompt (the engine has n).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, Literal, Unpack, overload
 
 import numpy as np
@@ -23,10 +27,12 @@ import numpy as np
 from refllm.array_types import Array
 from refllm.backend import asarray_like, namespace, to_numpy
 from refllm.checkpoints import loading
-from refllm.checkpoints.chat_template import ChatTemplates
+from refllm.checkpoints.chat_template import ChatTemplates, Message
+from refllm.checkpoints.chat_template_tokens import ChatTokenizer
 from refllm.checkpoints.loading import BUNDLED, bundled, locate
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.decode.completion import CompletionOutput, OutputReader, StreamChunk
+from refllm.decode.conversation import ANSWER_TOKENS, Conversation
 from refllm.decode.generate import generate_tokens
 from refllm.decode.output_params import (
     GenerateOptions,
@@ -268,17 +274,27 @@ class Model:
 
     @overload
     def stream(
-        self, prompt: str, max_tokens: int, *, details: Literal[False] = False, **options: Any
+        self,
+        prompt: str | Sequence[int],
+        max_tokens: int,
+        *,
+        details: Literal[False] = False,
+        **options: Any,
     ) -> Iterator[str]: ...
 
     @overload
     def stream(
-        self, prompt: str, max_tokens: int, *, details: Literal[True], **options: Any
+        self,
+        prompt: str | Sequence[int],
+        max_tokens: int,
+        *,
+        details: Literal[True],
+        **options: Any,
     ) -> Iterator[StreamChunk]: ...
 
     def stream(
         self,
-        prompt: str,
+        prompt: str | Sequence[int],
         max_tokens: int,
         *,
         sampling: SamplingParams | None = None,
@@ -321,6 +337,82 @@ class Model:
             yield chunk
         elif chunk.text:
             yield chunk.text
+
+    # --- chat -------------------------------------------------------------------------------
+
+    @cached_property
+    def chat_tokenizer(self) -> ChatTokenizer:
+        """Messages → token ids, by the checkpoint's chat templates."""
+        return ChatTokenizer(self.tokenizer, self.chat_templates)
+
+    def chat(
+        self, messages: Sequence[Message], max_tokens: int | None = None, **options: Any
+    ) -> str:
+        """The assistant's answer to messages, such as ``{"role": "user", "content": "Hi"}``.
+
+        ``options`` are those of ``stream_chat``. Each call computes all messages;
+        ``conversation()`` keeps what was computed.
+        """
+        return "".join(self.stream_chat(messages, max_tokens, **options))
+
+    def stream_chat(
+        self,
+        messages: Sequence[Message],
+        max_tokens: int | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
+        template_options: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Iterator[str]:
+        """Yield the assistant's answer piece by piece: complete characters only.
+
+        The checkpoint's chat template writes the prompt (``checkpoints.chat_template``); a
+        control token in a message is text. ``tools`` and ``documents`` go to the template, as
+        do ``template_options`` such as ``{"enable_thinking": False}``; ``template`` names one
+        of several. ``max_tokens`` None is 1,024, or as many as the model has positions left.
+        The other ``options`` are those of ``stream``: ``sampling``, ``stop``, ``rng``, …
+
+        Raises
+        ------
+        InputError
+            for a model without a chat template, for what are no messages, and for messages
+            that the template rejects or that leave no room for an answer.
+        """
+        ids = self.chat_tokenizer.encode(
+            messages,
+            tools=tools,
+            documents=documents,
+            template=template,
+            add_generation_prompt=True,
+            **(template_options or {}),
+        )
+        positions = self.config.max_position_embeddings
+        if len(ids) >= positions:
+            raise InputError(
+                f"the messages have {len(ids)} tokens, and the model reads {positions}: leave "
+                "some out"
+            )
+        if max_tokens is None:
+            max_tokens = min(ANSWER_TOKENS, positions - len(ids))
+        yield from self.stream(ids, max_tokens, **options)
+
+    def conversation(
+        self,
+        system: str | None = None,
+        *,
+        rng: np.random.Generator | int | None = None,
+        **settings: Any,
+    ) -> Conversation:
+        """A chat with its history, which computes only what is new: see
+        ``decode.conversation``. ``settings`` go to the chat template.
+
+        InputError if the checkpoint has none.
+        """
+        return Conversation(self, system, rng=np.random.default_rng(rng), **settings)
+
+    # --- tokens -----------------------------------------------------------------------------
 
     def _prompt_ids(self, prompt: str | Sequence[int], keep: int | None) -> list[int]:
         """The prompt's token ids, the last ``keep`` of them."""

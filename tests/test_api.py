@@ -18,14 +18,18 @@ from hypothesis import strategies as st
 
 import fakecupy
 import refllm
+from chat_models import chat_model
 from conftest import to_host
 from refllm.api import Model, load
+from refllm.checkpoints.chat_template import ChatTemplates
 from refllm.checkpoints.loading import BUNDLED
 from refllm.checkpoints.tensor_files import CheckpointError
 from refllm.checkpoints.writer import save
 from refllm.decode import generate
 from refllm.decode.generate import generate_tokens
 from refllm.decode.sampling_params import SamplingParams
+from refllm.errors import InputError
+from refllm.kv.kivi import Kivi
 from tiny_models import byte_tokenizer, tiny_config, tiny_model, tiny_params
 
 V = 257
@@ -444,3 +448,99 @@ def test_a_decode_step_crosses_the_border_a_fixed_number_of_times(count, samplin
         costs.append((c.h2d, c.d2h, c.syncs))
     sampled = sampling.temperature > 0
     assert set(costs) == {(1 + sampled, 1 + 2 * sampled, 1 + 2 * sampled)}
+
+
+# --- chat ---------------------------------------------------------------------------------
+
+
+HELLO = [{"role": "user", "content": "def <|im_end|>"}]
+
+
+def test_a_chat_is_the_generation_of_its_prompt():
+    model = chat_model()
+    prompt = model.chat_tokenizer.encode(HELLO, add_generation_prompt=True)
+    expected = model.tokenizer.decode(model.generate(prompt, 8))
+    assert model.chat(HELLO, 8) == expected
+    ticks: list[int] = []
+    pieces = list(model.stream_chat(HELLO, 8, on_token=ticks.append))
+    assert "".join(pieces) == expected
+    assert len(ticks) == 8
+    assert model.chat(HELLO, 8, temperature=1.0, rng=3) == model.tokenizer.decode(
+        model.generate(prompt, 8, temperature=1.0, rng=3)
+    )
+    assert model.chat(HELLO, 8, drafter=model) == expected
+    long = [{"role": "user", "content": "xy" * 60}]
+    few_bits = Kivi(2, 2, group=4, residual=16)
+    assert model.chat(long, 8, cache=few_bits) != model.chat(long, 8)
+
+
+def test_an_end_token_or_a_stop_string_ends_a_chat():
+    model = chat_model()
+    tokens = model.generate(model.chat_tokenizer.encode(HELLO, add_generation_prompt=True), 8)
+    ending = chat_model(eos_token_ids=(tokens[3],))
+    first = tokens.index(tokens[3])
+    assert ending.chat(HELLO, 8) == model.tokenizer.decode(tokens[:first])
+    assert len(ending.chat(HELLO, 8, ignore_eos=True)) > len(ending.chat(HELLO, 8))
+    text = model.chat(HELLO, 8)
+    assert model.chat(HELLO, 8, stop=text[2]) == text[: text.index(text[2])]
+
+
+def test_tools_documents_and_options_reach_the_template():
+    source = "{{ tools | tojson }}{{ documents | tojson }}{{ mood }}{{ messages[0].content }}"
+    model = chat_model()
+    model.chat_templates = ChatTemplates({"default": "no", "rag": source})
+    given: list[list[int]] = []
+    model._tokens = lambda ids, *rest, **more: given.append(list(ids)) or iter(())
+    options = {"tools": [{"n": 1}], "documents": [{"m": 2}], "template": "rag"}
+    assert (
+        model.chat([{"role": "user", "content": "x"}], template_options={"mood": "?"}, **options)
+        == ""
+    )
+    assert model.tokenizer.decode(given[0]) == '[{"n": 1}][{"m": 2}]?x'
+
+
+def test_an_answer_fits_into_the_context_unless_it_is_asked_to_be_longer():
+    model = chat_model(positions=60, eos_token_ids=())
+    prompt = model.chat_tokenizer.encode(HELLO, add_generation_prompt=True)
+    ticks: list[int] = []
+    list(model.stream_chat(HELLO, on_token=ticks.append))
+    assert len(ticks) == 60 - len(prompt)
+    with pytest.raises(InputError, match="exceeds the model's 60 positions"):
+        model.chat(HELLO, 60)
+    with pytest.raises(InputError, match=r"the messages have \d+ tokens, and the model reads 60"):
+        model.chat([{"role": "user", "content": "x" * 60}])
+
+
+def test_a_chat_needs_messages_and_a_template():
+    with pytest.raises(InputError, match="messages is empty"):
+        chat_model().chat([])
+    with pytest.raises(InputError, match=r"messages\[0\] needs a content"):
+        chat_model().chat([{"role": "user"}])
+    with pytest.raises(InputError, match="has no chat template"):
+        MODEL.chat(HELLO)
+    with pytest.raises(InputError, match="give either sampling="):
+        chat_model().chat(HELLO, sampling=SamplingParams(), temperature=0.5)
+
+
+def test_a_directory_brings_its_template(directory, tmp_path):
+    import shutil
+
+    copied = shutil.copytree(directory, tmp_path / "copy")
+    (copied / "chat_template.jinja").write_text("{{ messages[0].content }}{{ bos_token }}")
+    (copied / "tokenizer_config.json").write_text('{"bos_token": "<|endoftext|>"}')
+    model = load(copied, dtype="float64")
+    assert model.chat_tokenizer.encode(HELLO)[-1] == 0
+    assert model.chat(HELLO, 3) == model.tokenizer.decode(
+        model.generate([*model.tokenizer.encode(HELLO[0]["content"]), 0], 3)
+    )
+
+
+@pytest.mark.real
+def test_the_real_model_knows_the_capital_of_france():
+    model = load("smollm2")
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    assert model.chat(question, 30) == "The capital of France is Paris."
+    conversation = model.conversation()
+    assert "".join(conversation.say("What is the capital of France?", 30)).endswith("Paris.")
+    assert "Berlin" in "".join(conversation.say("And of Germany?", 30))
+    assert conversation.reused > conversation.computed

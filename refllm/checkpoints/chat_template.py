@@ -41,8 +41,10 @@ __all__ = ["ROLES", "ChatTemplates", "Message", "checked_messages"]
 Message = Mapping[str, Any]
 
 ROLES = frozenset(
-    ("system", "developer", "user", "assistant", "model")
-    + ("tool", "function", "ipython", "environment", "observation")  # noqa: RUF005 (two lines)
+    (
+        *("system", "developer", "user", "assistant", "model"),
+        *("tool", "function", "ipython", "environment", "observation"),
+    )
 )
 DEFAULT = "default"  # the names of templates that are chosen without being asked for
 TOOL_USE = "tool_use"

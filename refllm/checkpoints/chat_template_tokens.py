@@ -32,17 +32,45 @@ import json
 import re
 import secrets
 from collections.abc import Sequence
+from typing import Any
 
 from tokenizers import Tokenizer as _Tokenizer
 
+from refllm.checkpoints.chat_template import ChatTemplates, Message
 from refllm.checkpoints.chat_template_text import runs
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.errors import InputError
 
-__all__ = ["ChatEncoder"]
+__all__ = ["ChatEncoder", "ChatTokenizer"]
 
 _PRIVATE_USE = 0xF0000  # plane 15: 65,534 characters that no alphabet uses
 _NONCE_LENGTH = 10  # characters: 160 bits
+
+
+class ChatTokenizer:
+    """Messages → token ids, with the templates and the tokenizer of one checkpoint."""
+
+    def __init__(self, tokenizer: Tokenizer, templates: ChatTemplates):
+        self.tokenizer = tokenizer
+        self.templates = templates
+        self._encoders: dict[str, ChatEncoder] = {}
+
+    def encoder(self, template: str | None = None, *, tools: bool = False) -> ChatEncoder:
+        """The encoder for the texts of a template, which is chosen as in
+        ``ChatTemplates.source``.
+        """
+        from refllm.checkpoints.chat_template_sandbox import literals
+
+        source = self.templates.source(template, tools=tools)
+        if source not in self._encoders:
+            self._encoders[source] = ChatEncoder(self.tokenizer, literals(source))
+        return self._encoders[source]
+
+    def encode(self, messages: Sequence[Message], **settings: Any) -> list[int]:
+        """Token ids of a conversation; ``settings`` are those of ``ChatTemplates.render``."""
+        text = self.templates.render(messages, **settings)
+        tools = settings.get("tools") is not None
+        return self.encoder(settings.get("template"), tools=tools).encode(text)
 
 
 class ChatEncoder:
@@ -86,6 +114,14 @@ class ChatEncoder:
             return self.tokenizer.encode(str.__str__(text))  # says where
         self.tokenizer.check_limit(ids)
         return ids
+
+    def begins_with_control_token(self, text: str) -> bool:
+        """Whether the text begins with a control token that the template wrote, so that its
+        ids do not depend on what stands before it.
+        """
+        by_template, run = next(runs(text), (False, ""))
+        found = self._added.match(run)
+        return by_template and found is not None and found[0] in self.control_tokens
 
     def _mark(self, run: str) -> str:
         """A run that the template wrote, its control tokens in their new spelling."""

@@ -11,11 +11,14 @@ and a detokenizer turns token ids into text. Read ``sampling`` first.
 7. ``generate``: prefill and decode of a static batch.
 8. ``detokenizer``: whole characters from token ids, and stop strings.
 9. ``output_params``, ``completion``: where an output ends, and what is reported of it.
-10. ``speculative/``: drafters and the acceptance rules that verify them.
-11. ``fast/``: decode steps without Python's overhead; skip it on a first reading.
+10. ``cached_sequence``, ``conversation``: a chat whose turns compute only what is new.
+11. ``speculative/``: drafters and the acceptance rules that verify them.
+12. ``fast/``: decode steps without Python's overhead; skip it on a first reading.
 """
 
+from refllm.decode.cached_sequence import CachedSequence
 from refllm.decode.completion import CompletionOutput, StreamChunk
+from refllm.decode.conversation import Conversation
 from refllm.decode.detokenizer import StopStrings, Utf8Stream
 from refllm.decode.generate import generate_tokens
 from refllm.decode.logits_processors import LogitsProcessors, process_rows
@@ -34,7 +37,9 @@ from refllm.decode.speculative.verification import (
 
 __all__ = [
     "GREEDY",
+    "CachedSequence",
     "CompletionOutput",
+    "Conversation",
     "LogitsProcessors",
     "Logprob",
     "OutputParams",

@@ -48,6 +48,7 @@ def generate_tokens(
     policy: CachePolicy | None = None,
     processors: LogitsProcessors | None = None,
     recorder: LogprobsRecorder | None = None,
+    cache: Cache | None = None,
 ) -> Iterator[list[int]]:
     """Yield ``max_tokens`` times the next token of each of the B prompts, as Python ints.
 
@@ -55,7 +56,9 @@ def generate_tokens(
     positions to the device and the chosen tokens back, and nothing else; sampling also
     moves its uniforms and checks. A cache ``policy`` keeps less than everything, which
     changes the output. ``processors`` are those of ``sampling``, unless they have end tokens
-    to mask. A ``recorder`` collects log-probabilities.
+    to mask. A ``recorder`` collects log-probabilities. A ``cache`` that holds the
+    first ``cache.lengths[b]`` tokens of prompt b is continued; it has room for the output,
+    and each prompt has at least one token more than it holds.
 
     Raises
     ------
@@ -68,8 +71,9 @@ def generate_tokens(
     if max_tokens == 0:
         return
     like = weights["norm"]
-    capacity = max(len(p) for p in prompts) + max_tokens
-    cache = policy.new_cache(config, len(prompts), capacity, like=like, rng=rng)
+    if cache is None:
+        capacity = max(len(p) for p in prompts) + max_tokens
+        cache = policy.new_cache(config, len(prompts), capacity, like=like, rng=rng)
     processors = processors or LogitsProcessors(sampling)
     processors.check_vocabulary(config.vocab_size)
     outputs: list[list[int]] = [[] for _ in prompts]
@@ -116,20 +120,20 @@ def prefill(
     cache: Cache,
     recorder: LogprobsRecorder | None = None,
 ) -> Array:
-    """Compute all tokens of all prompts → hidden[B, N] of the last token of each, the only
-    ones that are sampled from.
+    """Compute the tokens of all prompts that the cache does not hold → hidden[B, N] of the
+    last token of each, the only ones that are sampled from.
 
     For a ``recorder`` of prompts the last layer computes the hidden states of all tokens.
     """
     records = recorder is not None and recorder.prompt_logprobs is not None
     like = weights["norm"]
-    total = sum(len(prompt) for prompt in prompts)
+    missing = [len(p) - cached for p, cached in zip(prompts, cache.lengths, strict=True)]
     chunked = cache.chunked_prefill
     if chunked is None:
         chunked = namespace(like) is NUMPY
-    budget = PREFILL_TOKENS if chunked else total
+    budget = PREFILL_TOKENS if chunked else sum(missing)
     ends = []
-    for counts in prefill_chunks([len(prompt) for prompt in prompts], budget):
+    for counts in prefill_chunks(missing, budget):
         starts = cache.lengths[:]
         chunks = [p[s : s + n] for p, s, n in zip(prompts, starts, counts, strict=True)]
         ids = [token for chunk in chunks for token in chunk]

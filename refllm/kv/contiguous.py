@@ -20,7 +20,7 @@ A tree of drafts is computed in one step too: its rows lie in slots [s_b, s_b + 
 being the last token. A row sees what is committed, its ancestors and itself; then
 ``advance_path`` moves the accepted rows together.
 
-Left out: growing, sharing, a sliding window that frees memory (masked keys are kept).
+Left out: sharing, a sliding window that frees memory (masked keys are kept).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from refllm.backend import Array, DType, asarray_like, namespace
+from refllm.backend import Array, DType, Namespace, asarray_like, namespace
 from refllm.errors import InputError
 from refllm.kv.batched_attention import all_equal, attend_batched, batched_bias, can_batch
 from refllm.kv.interface import CacheUsage, TokenTree
@@ -87,21 +87,38 @@ class ContiguousCache:
                 "ContiguousCache: needs at least one sequence of one token, "
                 f"got {max_sequences} × {capacity}"
             )
-        xp = namespace(like)
+        self.columns = columns
         heads = (config.num_hidden_layers, max_sequences, config.num_key_value_heads)
-        dim = config.head_dim
-        dtype = dtype or like.dtype
-        # Zeros, not empty: a masked value is multiplied by a probability of 0, and 0 · NaN
-        # is NaN.
-        if columns:
-            self.keys: Array = xp.zeros((*heads, dim, capacity), dtype=dtype)
-        else:
-            self.keys = xp.zeros((*heads, capacity, dim), dtype=dtype).swapaxes(-1, -2)
-        self.values: Array = xp.zeros((*heads, capacity, dim), dtype=dtype)
+        shape = (*heads, capacity, config.head_dim)
+        self.keys, self.values = self._zeros(namespace(like), shape, dtype or like.dtype)
         self.window = config.sliding_window
         self.heads = config.num_attention_heads
         self.capacity = capacity
         self.lengths = [0] * max_sequences  # committed tokens per sequence
+
+    def _zeros(self, xp: Namespace, shape: tuple[int, ...], dtype: DType) -> tuple[Array, Array]:
+        """Empty keys and values; ``shape`` is that of the values."""
+        # Zeros, not empty: a masked value is multiplied by a probability of 0, and 0 · NaN
+        # is NaN.
+        values = xp.zeros(shape, dtype=dtype)
+        if self.columns:
+            *heads, capacity, dim = shape
+            return xp.zeros((*heads, dim, capacity), dtype=dtype), values
+        return xp.zeros(shape, dtype=dtype).swapaxes(-1, -2), values
+
+    def grow(self, capacity: int) -> None:
+        """Make room for ``capacity`` tokens per sequence, at the cost of a copy of what is
+        committed; nothing is done if there is room. Views made before are of the old buffers.
+        """
+        if capacity <= self.capacity:
+            return
+        used = max(self.lengths)
+        shape = (*self.values.shape[:-2], capacity, self.values.shape[-1])
+        keys, values = self._zeros(namespace(self.values), shape, self.values.dtype)
+        keys[..., :used] = self.keys[..., :used]
+        values[..., :used, :] = self.values[..., :used, :]
+        self.keys, self.values = keys, values
+        self.capacity = capacity
 
     @property
     def nbytes(self) -> int:

@@ -63,13 +63,21 @@ class Machine(RuleBasedStateMachine):
     xp = np
 
     @initialize(
-        sequences=st.integers(1, 3), window=st.one_of(st.none(), st.integers(1, 4)), seed=seeds
+        sequences=st.integers(1, 3),
+        window=st.one_of(st.none(), st.integers(1, 4)),
+        seed=seeds,
+        columns=st.booleans(),
     )
-    def start(self, sequences, window, seed):
+    def start(self, sequences, window, seed, columns):
         self.rng = np.random.default_rng(seed)
         self.window = window
+        self.capacity = CAPACITY
         self.cache = ContiguousCache(
-            network(window), sequences, CAPACITY, like=self.xp.zeros(1, dtype="float64")
+            network(window),
+            sequences,
+            CAPACITY,
+            like=self.xp.zeros(1, dtype="float64"),
+            columns=columns,
         )
         self.model = [[{} for _ in range(sequences)] for _ in range(L)]
 
@@ -97,27 +105,35 @@ class Machine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def append(self, data):
-        self.step([data.draw(st.integers(0, min(4, CAPACITY - n))) for n in self.lengths()])
+        self.step([data.draw(st.integers(0, min(4, self.capacity - n))) for n in self.lengths()])
 
-    @precondition(lambda self: min(self.lengths()) < CAPACITY)
+    @precondition(lambda self: min(self.lengths()) < self.capacity)
     @rule()
     def decode(self):
         """One token for each of the first sequences with free capacity: the batched path."""
-        full = [n == CAPACITY for n in self.lengths()]
+        full = [n == self.capacity for n in self.lengths()]
         self.step([1] * (full.index(True) if True in full else len(full)))
 
-    @precondition(lambda self: min(self.lengths()) < CAPACITY)
+    @precondition(lambda self: min(self.lengths()) < self.capacity)
     @rule(data=st.data())
     def prefill(self, data):
         """The same number of tokens for some neighbours: the batched path, whatever their
         lengths.
         """
-        room = [CAPACITY - n for n in self.lengths()]
+        room = [self.capacity - n for n in self.lengths()]
         first = data.draw(st.sampled_from([b for b, n in enumerate(room) if n]))
         count = data.draw(st.integers(1, min(4, room[first])))
         end = next((b for b in range(first, len(room)) if room[b] < count), len(room))
         last = data.draw(st.integers(first + 1, end))
         self.step([count if first <= b < last else 0 for b in range(len(room))])
+
+    @rule(more=st.integers(-2, 3))
+    def grow(self, more):
+        """Room for more tokens; a smaller capacity changes nothing."""
+        self.cache.grow(self.capacity + more)
+        self.capacity = max(self.capacity, self.capacity + more)
+        assert self.cache.capacity == self.capacity
+        assert self.cache.values.shape[-2] == self.cache.keys.shape[-1] == self.capacity
 
     @rule(data=st.data())
     def roll_back(self, data):
@@ -136,7 +152,7 @@ class Machine(RuleBasedStateMachine):
         before = to_host(self.cache.keys).copy(), to_host(self.cache.values).copy()
         b = data.draw(st.integers(0, len(lengths) - 1))
         counts = [0] * len(lengths)
-        counts[b] = data.draw(st.sampled_from([CAPACITY - lengths[b] + 1, -1]))
+        counts[b] = data.draw(st.sampled_from([self.capacity - lengths[b] + 1, -1]))
         for bad in (counts, [0] * (len(lengths) + 1)):
             with pytest.raises(ValueError, match="sequence"):
                 self.cache.view(bad)
