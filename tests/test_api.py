@@ -469,6 +469,7 @@ def test_a_chat_is_the_generation_of_its_prompt():
         model.generate(prompt, 8, temperature=1.0, rng=3)
     )
     assert model.chat(HELLO, 8, drafter=model) == expected
+    model = chat_model(12)
     long = [{"role": "user", "content": "xy" * 60}]
     few_bits = Kivi(2, 2, group=4, residual=16)
     assert model.chat(long, 8, cache=few_bits) != model.chat(long, 8)

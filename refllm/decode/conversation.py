@@ -129,7 +129,8 @@ class Conversation:
         """Yield the answer to a user's message, in whole characters.
 
         Message and answer join ``messages`` when the answer ends, or is ended: an answer that
-        was interrupted joins up to there, one that never began leaves no message behind. ``on_token`` is called with each sampled token.
+        was interrupted joins up to there, one that never began leaves no message behind.
+        ``on_token`` is called with each sampled token.
 
         InputError for a message that does not fit into the context, or that the template
         rejects.
