@@ -338,8 +338,8 @@ class BaseScheduler(ABC):
 
     def _preempt(self, sequence: Sequence) -> None:
         """Send a running sequence back to the queue, with its tokens, without their memory."""
-        self.running.remove(sequence)
         self.memory.release(sequence, preempted=True)
+        self.running.remove(sequence)
         sequence.computed = 0
         sequence.drafts = []
         sequence.status = SequenceStatus.WAITING

@@ -179,9 +179,10 @@ class Engine(EngineStats):
         the request is discarded.
         """
         with self._lock:
-            if request_id not in self._requests:
-                return False
-            self._finish(request_id, self.scheduler.abort(request_id))
+            cut_off = self.scheduler.abort(request_id)
+            if not cut_off:
+                return False  # if it has finished in this very step, its output follows
+            self._finish(request_id, cut_off)
         return True
 
     def reset_prefix_cache(self) -> None:
