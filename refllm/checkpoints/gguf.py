@@ -2,7 +2,8 @@
 
 | part       | read as                                                                      |
 |------------|------------------------------------------------------------------------------|
-| matrices   | ``GGUFLinear`` in the file's own type; F32, F16 and BF16 as arrays           |
+| matrices   | ``InterleavedLinear`` in the file's own type, on a device ``GGUFLinear``;    |
+|            | F32, F16 and BF16 as arrays                                                  |
 | q and k    | rows in Hugging Face's order; rows are quantised one by one, so any order is |
 |            | possible without requantising                                                |
 | vectors    | arrays in the dtype of computation                                           |
@@ -25,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from refllm.backend import Array, Namespace, to_numpy
+from refllm.backend import NUMPY, Array, Namespace, to_numpy
 from refllm.checkpoints.chat_template import ChatTemplates
 from refllm.checkpoints.chat_template_files import templates_from_metadata
 from refllm.checkpoints.gguf_names import (
@@ -46,6 +47,7 @@ from refllm.checkpoints.tensor_files import (
 from refllm.checkpoints.tokenizer import Tokenizer, fitted, read_named_tokenizer
 from refllm.checkpoints.weight_storage import Decoded, StoredTensor, choose
 from refllm.formats.gguf.codec import dequantize
+from refllm.formats.gguf.interleaved import InterleavedLinear
 from refllm.formats.gguf.linear import GGUFLinear
 from refllm.formats.gguf.reader import GGUFError, GGUFFile
 from refllm.model.config import ModelConfig
@@ -193,25 +195,23 @@ class GGUFTensors(Mapping[str, Any]):
             order = np.argsort(rows)
         if not record.type.quantized:
             return self._moved(converted(self._floats(own)[order], self.dtype, name, self.where))
-        raw = np.array(self.file[own][order])  # a copy: the mapped file may be closed
         if len(record.shape) != 2:
             raise CheckpointError(f"{self.where}: {own} is quantised, but no matrix")
-        self._require_finite(raw, record.type.name, own)
-        return GGUFLinear(self._moved(raw), record.type.name, self.dtype)
+        raw = self.file[own][order]
+        weight = InterleavedLinear(raw, record.type.name, self.dtype)  # copies the bytes
+        damaged = weight.damaged_row()
+        if damaged is not None:
+            raise CheckpointError(
+                f"{self.where}: {own} holds scales that are NaN or infinite, from row {damaged} "
+                "on: the file is damaged, or its weights overflowed"
+            )
+        if self.xp is None or self.xp is NUMPY:
+            return weight
+        return GGUFLinear(self._moved(np.array(raw)), record.type.name, self.dtype)
 
     def _moved(self, host: np.ndarray) -> Array:
         """A host array on the library's device."""
         return host if self.xp is None else self.xp.asarray(host)
-
-    def _require_finite(self, raw: np.ndarray, type: str, name: str) -> None:
-        """CheckpointError if a scale is infinite or NaN: its block has no usable values."""
-        rows = max(1, (1 << 22) // max(1, raw.shape[1]))  # dequantised at a time
-        for start in range(0, raw.shape[0], rows):
-            if not np.isfinite(to_numpy(dequantize(raw[start : start + rows], type))).all():
-                raise CheckpointError(
-                    f"{self.where}: {name} holds scales that are NaN or infinite, from row {start} "
-                    "on: the file is damaged, or its weights overflowed"
-                )
 
     def _floats(self, own: str) -> np.ndarray:
         """A tensor of plain floats as float32, in its shape."""

@@ -174,8 +174,8 @@ def test_a_scale_that_is_not_finite_is_named_with_its_row(tmp_path, value):
         load(path, np, "float32")
 
 
-def test_a_bad_scale_beyond_the_first_tile_is_found(tmp_path):
-    """Rows are checked 2²² bytes at a time: the row that is named begins the tile."""
+def test_a_bad_scale_beyond_the_first_group_is_found(tmp_path):
+    """The row that is named begins the group of rows that are interleaved."""
     config = replace(CONFIG, vocab_size=70_000, tie_word_embeddings=True)
     path = make(tmp_path / "x.gguf", config, "Q8_0")
     with open_file(path) as file:
@@ -184,8 +184,8 @@ def test_a_bad_scale_beyond_the_first_tile_is_found(tmp_path):
     at = record.start + record.nbytes - 34
     raw[at : at + 2] = np.float16(np.nan).tobytes()
     path.write_bytes(raw)
-    tile = (1 << 22) // 68
-    with pytest.raises(CheckpointError, match=f"from row {tile} on"):
+    group = (1 << 19) // 64
+    with pytest.raises(CheckpointError, match=f"from row {69_999 // group * group} on"):
         load(path, np, "float32")
 
 

@@ -13,13 +13,16 @@ elaborate on.
 | scale_search      | how a block's scale is found                                 |
 | plain             | F32, F16, BF16, and MXFP4                                    |
 | bits, arithmetic  | codes in bytes; float32 arithmetic in ggml's order           |
+| unpacked          | codes, scales and offsets of a block, and their products     |
 | codec             | ``quantize`` and ``dequantize``, for all types               |
 | linear            | a weight that keeps a file's bytes and multiplies            |
+| interleaved       | the same with rows interleaved: five times faster on a CPU   |
 | mixes             | which type each tensor gets in Q4_K_M and its siblings       |
 | reader, writer    | the files                                                    |
 """
 
 from refllm.formats.gguf.codec import dequantize, quantize
+from refllm.formats.gguf.interleaved import InterleavedLinear
 from refllm.formats.gguf.linear import GGUFLinear
 from refllm.formats.gguf.mixes import MIXES, mix
 from refllm.formats.gguf.reader import GGUFError, GGUFFile
@@ -33,6 +36,7 @@ __all__ = [
     "GGUFFile",
     "GGUFLinear",
     "GGUFType",
+    "InterleavedLinear",
     "dequantize",
     "gguf_type",
     "mix",

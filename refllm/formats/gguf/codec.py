@@ -30,12 +30,13 @@ __all__ = ["dequantize", "quantize"]
 TILE = (1 << 18, 1 << 24)
 # these take the importance as it is
 SEARCHED = kquants.QUANTIZERS | kquants_symmetric.QUANTIZERS | nonlinear.QUANTIZERS
-DEQUANTIZERS = (
-    plain.DEQUANTIZERS
-    | legacy.DEQUANTIZERS
-    | nonlinear.DEQUANTIZERS
-    | kquants.DEQUANTIZERS
-    | kquants_symmetric.DEQUANTIZERS
+# bytes [..., size, C] → Unpacked: positions in a block on the last axis but one
+UNPACKERS = (
+    plain.UNPACKERS
+    | legacy.UNPACKERS
+    | nonlinear.UNPACKERS
+    | kquants.UNPACKERS
+    | kquants_symmetric.UNPACKERS
 )
 
 
@@ -138,8 +139,12 @@ def dequantize(raw: Array, type: str) -> Array:
     step = max(1, tile_elements(raw, TILE) // max(1, columns))
     with without_warnings(raw):  # a damaged file may hold scales that are infinite or NaN
         for start in range(0, rows if columns else 0, step):
-            tile = xp.reshape(xp.ascontiguousarray(raw[start : start + step]), (-1, found.size))
-            out[start : start + step] = xp.reshape(DEQUANTIZERS[type](tile), (-1, columns))
+            tile = xp.ascontiguousarray(raw[start : start + step])
+            if type in plain.FLOATS:
+                values = plain.FLOATS[type](xp.reshape(tile, (-1, found.size)))
+            else:
+                values = UNPACKERS[type](xp.reshape(tile, (-1, found.size, 1))).values()
+            out[start : start + step] = xp.reshape(values, (-1, columns))
     return out
 
 

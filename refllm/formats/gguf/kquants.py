@@ -55,8 +55,9 @@ from refllm.formats.gguf.bits import (
     unpack_bits,
 )
 from refllm.formats.gguf.scale_search import IMPORTANT, Grid, fit_asymmetric, fit_positive
+from refllm.formats.gguf.unpacked import Unpacked
 
-__all__ = ["DEQUANTIZERS", "QUANTIZERS"]
+__all__ = ["QUANTIZERS", "UNPACKERS"]
 
 BLOCK = 256
 
@@ -73,14 +74,14 @@ def quantize_q2_k(x: Array, importance: Array | None) -> Array:
     return xp.concat([s | (m << 4), pack_bits(codes, 2, 32), *tail], axis=1)
 
 
-def dequantize_q2_k(data: Array) -> Array:
-    """bytes[B, 84] → float32 [B, 256]."""
+def unpack_q2_k(data: Array) -> Unpacked:
+    """bytes[..., 84, C]."""
     xp = namespace(data)
-    pairs = data[:, :16]
-    d, dmin = _units(data[:, 80:84])
+    pairs = data[..., :16, :]
+    d, dmin = _units(data[..., 80:84, :])
     scale = d * xp.astype(pairs & 15, xp.float32)
-    offset = dmin * xp.astype(pairs >> 4, xp.float32)
-    return values(unpack_bits(data[:, 16:80], 2, 32), scale, offset)
+    offset = -dmin * xp.astype(pairs >> 4, xp.float32)
+    return Unpacked(unpack_bits(data[..., 16:80, :], 2, 32), scale, offset)
 
 
 # --- Q4_K ---------------------------------------------------------------------------------
@@ -96,10 +97,9 @@ def quantize_q4_k(x: Array, importance: Array | None) -> Array:
     return xp.concat([*head, pack_bits(codes, 4, 32)], axis=1)
 
 
-def dequantize_q4_k(data: Array) -> Array:
-    """bytes[B, 144] → float32 [B, 256]."""
-    scale, offset = _scales_and_offsets(data)
-    return values(unpack_bits(data[:, 16:], 4, 32), scale, offset)
+def unpack_q4_k(data: Array) -> Unpacked:
+    """bytes[..., 144, C]."""
+    return Unpacked(unpack_bits(data[..., 16:, :], 4, 32), *_scales_and_offsets(data))
 
 
 def pack_six_bits(scales: Array, offsets: Array) -> Array:
@@ -116,21 +116,21 @@ def pack_six_bits(scales: Array, offsets: Array) -> Array:
 
 
 def unpack_six_bits(data: Array) -> tuple[Array, Array]:
-    """The inverse of ``pack_six_bits``: bytes[B, 12] → scales and offsets [B, 8]."""
+    """The inverse of ``pack_six_bits``: bytes[..., 12, C] → scales and offsets [..., 8, C]."""
     xp = namespace(data)
-    first = data[:, :4]
-    second = data[:, 4:8]
-    third = data[:, 8:]
-    scales = xp.concat([first & 63, (third & 15) | ((first >> 6) << 4)], axis=1)
-    return scales, xp.concat([second & 63, (third >> 4) | ((second >> 6) << 4)], axis=1)
+    first = data[..., :4, :]
+    second = data[..., 4:8, :]
+    third = data[..., 8:, :]
+    scales = xp.concat([first & 63, (third & 15) | ((first >> 6) << 4)], axis=-2)
+    return scales, xp.concat([second & 63, (third >> 4) | ((second >> 6) << 4)], axis=-2)
 
 
 def _scales_and_offsets(data: Array) -> tuple[Array, Array]:
-    """d·S and dmin·M of Q4_K and Q5_K, float32 [B, 8]."""
+    """d·S and −dmin·M of Q4_K and Q5_K, float32 [..., 8, C]."""
     xp = namespace(data)
-    d, dmin = _units(data[:, :4])
-    s, m = unpack_six_bits(data[:, 4:16])
-    return d * xp.astype(s, xp.float32), dmin * xp.astype(m, xp.float32)
+    d, dmin = _units(data[..., :4, :])
+    s, m = unpack_six_bits(data[..., 4:16, :])
+    return d * xp.astype(s, xp.float32), -dmin * xp.astype(m, xp.float32)
 
 
 # --- Q5_K ---------------------------------------------------------------------------------
@@ -147,15 +147,15 @@ def quantize_q5_k(x: Array, importance: Array | None) -> Array:
     return xp.concat([*head, high, pack_bits(codes & 15, 4, 32)], axis=1)
 
 
-def dequantize_q5_k(data: Array) -> Array:
-    """bytes[B, 176] → float32 [B, 256]."""
-    scale, offset = _scales_and_offsets(data)
-    high = unpack_bits(data[:, 16:48], 1, 32)
-    return values(unpack_bits(data[:, 48:], 4, 32) | (high << 4), scale, offset)
+def unpack_q5_k(data: Array) -> Unpacked:
+    """bytes[..., 176, C]."""
+    codes = unpack_bits(data[..., 48:, :], 4, 32)
+    codes |= unpack_bits(data[..., 16:48, :], 1, 32) << 4
+    return Unpacked(codes, *_scales_and_offsets(data))
 
 
 QUANTIZERS = {"Q2_K": quantize_q2_k, "Q4_K": quantize_q4_k, "Q5_K": quantize_q5_k}
-DEQUANTIZERS = {"Q2_K": dequantize_q2_k, "Q4_K": dequantize_q4_k, "Q5_K": dequantize_q5_k}
+UNPACKERS = {"Q2_K": unpack_q2_k, "Q4_K": unpack_q4_k, "Q5_K": unpack_q5_k}
 
 
 # --- scales with offsets ------------------------------------------------------------------
@@ -217,9 +217,9 @@ def _divide_by_largest(x: Array, levels: int) -> tuple[Array, Array]:
 
 
 def _units(data: Array) -> tuple[Array, Array]:
-    """d and dmin, float32 [B, 1] each, from bytes[B, 4]."""
+    """d and dmin, float32 [..., 1, C] each, from bytes[..., 4, C]."""
     head = float16_values(data)
-    return head[:, :1], head[:, 1:]
+    return head[..., :1, :], head[..., 1:, :]
 
 
 # --- shared by all k-quants ---------------------------------------------------------------
@@ -267,14 +267,3 @@ def requantize(
         t = t + offset
     t = xp.astype(nearest(t / xp.where(some, scale, 1.0)), xp.float32)
     return xp.where(some, xp.clip(t, float(low), float(high)) - float(low), codes)
-
-
-def values(codes: Array, scale: Array, offset: Array | None) -> Array:
-    """codes[B, 256] (any type) · scale[B, J] − offset[B, J] → float32 [B, 256]."""
-    xp = namespace(codes, scale)
-    blocks, parts = scale.shape
-    split = xp.reshape(codes, (blocks, parts, -1))  # [B, J, 256/J]
-    out = xp.astype(split, xp.float32) * scale[:, :, None]
-    if offset is not None:
-        out -= offset[:, :, None]
-    return xp.reshape(out, (blocks, -1))

@@ -34,11 +34,11 @@ from refllm.formats.gguf.kquants import (
     importance_weights,
     positions_first,
     requantize,
-    values,
 )
 from refllm.formats.gguf.scale_search import TINY, fit_by_sweeps, fit_symmetric
+from refllm.formats.gguf.unpacked import Unpacked
 
-__all__ = ["DEQUANTIZERS", "QUANTIZERS"]
+__all__ = ["QUANTIZERS", "UNPACKERS"]
 
 # --- Q3_K ---------------------------------------------------------------------------------
 
@@ -64,12 +64,14 @@ def quantize_q3_k(x: Array, importance: Array | None) -> Array:
     return xp.concat([high, low, packed, float16_bytes(d)], axis=1)
 
 
-def dequantize_q3_k(data: Array) -> Array:
-    """bytes[B, 110] → float32 [B, 256]."""
+def unpack_q3_k(data: Array) -> Unpacked:
+    """bytes[..., 110, C]."""
     xp = namespace(data)
-    codes = unpack_bits(data[:, 32:96], 2, 32) | (unpack_bits(data[:, :32], 1, 32) << 2)
-    s = xp.astype(unpack_wide_scales(data[:, 96:108]), xp.float32) - 32.0
-    return values(xp.astype(codes, xp.float32) - 4.0, float16_values(data[:, 108:110]) * s, None)
+    codes = unpack_bits(data[..., 32:96, :], 2, 32)
+    codes |= unpack_bits(data[..., :32, :], 1, 32) << 2
+    s = xp.astype(unpack_wide_scales(data[..., 96:108, :]), xp.float32) - 32.0
+    scale = float16_values(data[..., 108:110, :]) * s
+    return Unpacked(bitcast(codes - 4, xp.int8), scale, None)
 
 
 def pack_wide_scales(scales: Array) -> Array:
@@ -84,11 +86,9 @@ def pack_wide_scales(scales: Array) -> Array:
 
 
 def unpack_wide_scales(data: Array) -> Array:
-    """The inverse of ``pack_wide_scales``: bytes[B, 12] → scales [B, 16]."""
-    xp = namespace(data)
-    low = data[:, :8]
-    high = unpack_bits(data[:, 8:], 2, 4)
-    return xp.concat([low & 15, low >> 4], axis=1) | (high << 4)
+    """The inverse of ``pack_wide_scales``: bytes[..., 12, C] → scales [..., 16, C]."""
+    low = unpack_bits(data[..., :8, :], 4, 8)
+    return low | (unpack_bits(data[..., 8:, :], 2, 4) << 4)
 
 
 # --- Q6_K ---------------------------------------------------------------------------------
@@ -115,17 +115,18 @@ def quantize_q6_k(x: Array, importance: Array | None) -> Array:
     return out * xp.astype(~empty, xp.uint8)[:, None]
 
 
-def dequantize_q6_k(data: Array) -> Array:
-    """bytes[B, 210] → float32 [B, 256]."""
+def unpack_q6_k(data: Array) -> Unpacked:
+    """bytes[..., 210, C]."""
     xp = namespace(data)
-    codes = unpack_bits(data[:, :128], 4, 64) | (unpack_bits(data[:, 128:192], 2, 32) << 4)
-    s = bitcast(xp.ascontiguousarray(data[:, 192:208]), xp.int8)
-    scale = float16_values(data[:, 208:210]) * xp.astype(s, xp.float32)
-    return values(xp.astype(codes, xp.float32) - 32.0, scale, None)
+    codes = unpack_bits(data[..., :128, :], 4, 64)
+    codes |= unpack_bits(data[..., 128:192, :], 2, 32) << 4
+    s = xp.astype(bitcast(data[..., 192:208, :], xp.int8), xp.float32)
+    scale = float16_values(data[..., 208:210, :]) * s
+    return Unpacked(bitcast(codes - 32, xp.int8), scale, None)
 
 
 QUANTIZERS = {"Q3_K": quantize_q3_k, "Q6_K": quantize_q6_k}
-DEQUANTIZERS = {"Q3_K": dequantize_q3_k, "Q6_K": dequantize_q6_k}
+UNPACKERS = {"Q3_K": unpack_q3_k, "Q6_K": unpack_q6_k}
 
 
 # --- signed scales ------------------------------------------------------------------------

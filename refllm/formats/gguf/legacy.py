@@ -34,8 +34,9 @@ from refllm.backend import Array, bitcast, namespace
 from refllm.formats.gguf.arithmetic import divided, extreme, least, sequential_sum
 from refllm.formats.gguf.bits import float16_bytes, float16_values, unpack_bits
 from refllm.formats.gguf.scale_search import IMPORTANT, fit_asymmetric, fit_symmetric
+from refllm.formats.gguf.unpacked import Unpacked
 
-__all__ = ["DEQUANTIZERS", "QUANTIZERS"]
+__all__ = ["QUANTIZERS", "UNPACKERS"]
 
 BLOCK = 32
 
@@ -125,39 +126,31 @@ def _packed(codes: Array, bits: int, head: Array) -> Array:
 
 
 def _nibbles(data: Array, bits: int) -> Array:
-    """The inverse of ``_packed`` without its head: float32 codes[B, 32]."""
-    xp = namespace(data)
-    low = data[:, data.shape[1] - 16 :]
-    codes = xp.empty((data.shape[0], 32), dtype=xp.uint8)
-    xp.bitwise_and(low, 15, out=codes[:, :16])
-    xp.right_shift(low, 4, out=codes[:, 16:])
+    """The inverse of ``_packed`` without its head: uint8 codes [..., 32, C]."""
+    codes = unpack_bits(data[..., -16:, :], 4, 16)
     if bits == 5:
-        codes |= unpack_bits(data[:, :4], 1, 1) << 4
-    return xp.astype(codes, xp.float32)
+        codes |= unpack_bits(data[..., :4, :], 1, 1) << 4
+    return codes
 
 
-def dequantize_q8_0(data: Array) -> Array:
-    """bytes[B, 34] → float32 [B, 32]."""
+def unpack_q8_0(data: Array) -> Unpacked:
+    """bytes[..., 34, C]."""
     xp = namespace(data)
-    codes = bitcast(xp.ascontiguousarray(data[:, 2:]), xp.int8)
-    return float16_values(data[:, :2]) * xp.astype(codes, xp.float32)
+    return Unpacked(bitcast(data[..., 2:, :], xp.int8), float16_values(data[..., :2, :]), None)
 
 
-def dequantize_symmetric(data: Array, bits: int) -> Array:
-    """bytes[B, 2 + 4·bits] → float32 [B, 32]."""
-    out = _nibbles(data[:, 2:], bits)
-    out -= float(1 << (bits - 1))
-    out *= float16_values(data[:, :2])
-    return out
+def unpack_symmetric(data: Array, bits: int) -> Unpacked:
+    """bytes[..., 2 + 4·bits, C] of Q4_0 and Q5_0."""
+    xp = namespace(data)
+    middle = 1 << (bits - 1)
+    codes = bitcast(_nibbles(data[..., 2:, :], bits) - middle, xp.int8)
+    return Unpacked(codes, float16_values(data[..., :2, :]), None)
 
 
-def dequantize_asymmetric(data: Array, bits: int) -> Array:
-    """bytes[B, 4 + 4·bits] → float32 [B, 32]."""
-    head = float16_values(data[:, :4])
-    out = _nibbles(data[:, 4:], bits)
-    out *= head[:, :1]
-    out += head[:, 1:]
-    return out
+def unpack_asymmetric(data: Array, bits: int) -> Unpacked:
+    """bytes[..., 4 + 4·bits, C] of Q4_1 and Q5_1."""
+    head = float16_values(data[..., :4, :])  # [..., 2, C]
+    return Unpacked(_nibbles(data[..., 4:, :], bits), head[..., :1, :], head[..., 1:, :])
 
 
 QUANTIZERS: dict[str, Callable[[Array, Array | None], Array]] = {
@@ -167,10 +160,10 @@ QUANTIZERS: dict[str, Callable[[Array, Array | None], Array]] = {
     "Q4_1": partial(quantize_asymmetric, bits=4),
     "Q5_1": partial(quantize_asymmetric, bits=5),
 }
-DEQUANTIZERS: dict[str, Callable[[Array], Array]] = {
-    "Q8_0": dequantize_q8_0,
-    "Q4_0": partial(dequantize_symmetric, bits=4),
-    "Q5_0": partial(dequantize_symmetric, bits=5),
-    "Q4_1": partial(dequantize_asymmetric, bits=4),
-    "Q5_1": partial(dequantize_asymmetric, bits=5),
+UNPACKERS: dict[str, Callable[[Array], Unpacked]] = {
+    "Q8_0": unpack_q8_0,
+    "Q4_0": partial(unpack_symmetric, bits=4),
+    "Q5_0": partial(unpack_symmetric, bits=5),
+    "Q4_1": partial(unpack_asymmetric, bits=4),
+    "Q5_1": partial(unpack_asymmetric, bits=5),
 }

@@ -32,8 +32,9 @@ from refllm.backend import Array, Namespace, namespace
 from refllm.formats.gguf.arithmetic import divided, extreme, sequential_sum
 from refllm.formats.gguf.bits import float16_bytes, float16_values, pack_bits, unpack_bits
 from refllm.formats.gguf.scale_search import TINY
+from refllm.formats.gguf.unpacked import Unpacked
 
-__all__ = ["DEQUANTIZERS", "QUANTIZERS", "VALUES"]
+__all__ = ["QUANTIZERS", "UNPACKERS", "VALUES"]
 
 VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 TRIES = 7
@@ -89,13 +90,13 @@ def _codes(xp: Namespace, t: Array) -> Array:
     return xp.take(xp.asarray(_CODES, dtype=xp.uint8), place)
 
 
-def dequantize_iq4_nl(data: Array) -> Array:
-    """bytes[B, 18] → float32 [B, 32]."""
+def unpack_iq4_nl(data: Array) -> Unpacked:
+    """bytes[..., 18, C]; the codes are the values that they stand for."""
     xp = namespace(data)
-    codes = xp.astype(unpack_bits(data[:, 2:], 4, 16), xp.int32)
-    values = xp.take(xp.asarray(VALUES, dtype=xp.float32), codes)
-    return float16_values(data[:, :2]) * values
+    codes = xp.astype(unpack_bits(data[..., 2:, :], 4, 16), xp.int32)
+    values = xp.take(xp.asarray(VALUES, dtype=xp.int8), codes)
+    return Unpacked(values, float16_values(data[..., :2, :]), None)
 
 
 QUANTIZERS = {"IQ4_NL": quantize_iq4_nl}
-DEQUANTIZERS = {"IQ4_NL": dequantize_iq4_nl}
+UNPACKERS = {"IQ4_NL": unpack_iq4_nl}

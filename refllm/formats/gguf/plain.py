@@ -19,9 +19,10 @@ from __future__ import annotations
 
 from refllm.backend import Array, bitcast, namespace
 from refllm.formats import minifloat
-from refllm.formats.gguf.bits import float16_bytes, float16_values, pack_bits, unpack_bits
+from refllm.formats.gguf.bits import float16_bytes, pack_bits, unpack_bits
+from refllm.formats.gguf.unpacked import Unpacked
 
-__all__ = ["DEQUANTIZERS", "QUANTIZERS"]
+__all__ = ["FLOATS", "QUANTIZERS", "UNPACKERS"]
 
 E2M1 = (0, 1, 2, 3, 4, 6, 8, 12)  # doubled
 
@@ -85,7 +86,8 @@ def dequantize_f32(data: Array) -> Array:
 
 def dequantize_f16(data: Array) -> Array:
     """bytes[B, 2] → float32 [B, 1]."""
-    return float16_values(data)
+    xp = namespace(data)
+    return xp.astype(xp.ascontiguousarray(data).view(xp.float16), xp.float32)
 
 
 def dequantize_bf16(data: Array) -> Array:
@@ -94,12 +96,12 @@ def dequantize_bf16(data: Array) -> Array:
     return minifloat.dequantize(xp.ascontiguousarray(data).view(xp.uint16), "bf16")
 
 
-def dequantize_mxfp4(data: Array) -> Array:
-    """bytes[B, 17] → float32 [B, 32]."""
+def unpack_mxfp4(data: Array) -> Unpacked:
+    """bytes[..., 17, C]; the codes are doubled values, −12 … 12."""
     xp = namespace(data)
-    codes = unpack_bits(data[:, 1:], 4, 16)
-    size = xp.take(xp.asarray(E2M1, dtype=xp.float32), xp.astype(codes & 7, xp.int32))
-    return _scale(data[:, 0])[:, None] * xp.where(codes > 8, -size, size)
+    table = xp.asarray([*E2M1, *(-size for size in E2M1)], dtype=xp.int8)
+    codes = xp.take(table, xp.astype(unpack_bits(data[..., 1:, :], 4, 16), xp.int32))
+    return Unpacked(codes, _scale(data[..., :1, :]), None)
 
 
 QUANTIZERS = {
@@ -108,9 +110,6 @@ QUANTIZERS = {
     "BF16": quantize_bf16,
     "MXFP4": quantize_mxfp4,
 }
-DEQUANTIZERS = {
-    "F32": dequantize_f32,
-    "F16": dequantize_f16,
-    "BF16": dequantize_bf16,
-    "MXFP4": dequantize_mxfp4,
-}
+# plain floats take bytes [B, size] and return [B, 1]
+FLOATS = {"F32": dequantize_f32, "F16": dequantize_f16, "BF16": dequantize_bf16}
+UNPACKERS = {"MXFP4": unpack_mxfp4}
