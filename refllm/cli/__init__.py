@@ -4,7 +4,7 @@ Read ``generate`` first: it loads a model, makes the sampling parameters and pri
 stream. Heavy imports stand inside the commands, so that ``refllm --help`` starts at once.
 
 - ``main``           the root: version and help, exceptions as messages, the process's memory
-- ``options``        options that several commands share
+- ``options``        options that several commands share; ``threads``: how many threads compute
 - ``generate``       ``refllm generate``: continue a prompt; ``draft_options`` (speculation)
                      and ``cache_options`` (smaller KV caches) belong to it
 - ``evaluate``       ``refllm eval``: perplexity, bits per byte, KL to a reference model

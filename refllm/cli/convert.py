@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from refllm.cli.options import AnyModelOption, BackendOption, flag, opt
+from refllm.cli.threads import ThreadsOption, use_threads
 from refllm.errors import InputError
 from refllm.terminal import console, format_bytes, note, pairs, progress
 
@@ -39,6 +40,7 @@ def convert(
     seed: SeedOption = 0,
     workers: WorkersOption = None,
     overwrite: OverwriteOption = False,
+    threads: ThreadsOption = None,
     backend: BackendOption = "numpy",
 ) -> None:
     """Convert a checkpoint to GGUF.
@@ -58,6 +60,7 @@ def convert(
 
     source = locate(model)
     to = to_gguf.writable(to, overwrite)
+    computing = use_threads(threads)
     weights = None
     if imatrix:
         weights = _importance(source, windows, length, seed, backend)
@@ -76,6 +79,7 @@ def convert(
         "written": str(made.path),
         "size": f"{format_bytes(made.nbytes)}, {made.bits_per_weight:.3f} bits per weight",
         "tensors": ", ".join(f"{count} {name}" for name, count in counts),
+        "computed with": computing,
     }
     pairs(console(), lines)
 

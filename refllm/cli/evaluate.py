@@ -18,6 +18,7 @@ from refllm.cli.cache_options import (
 )
 from refllm.cli.main import keep_freed_memory
 from refllm.cli.options import AnyModelOption, BackendOption, JsonOption, WeightsOption, opt
+from refllm.cli.threads import ThreadsOption, use_threads
 from refllm.terminal import console, note, progress, table
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def evaluate(
     seed: SeedOption = 0,
     weights: WeightsOption = "auto",
     as_json: JsonOption = False,
+    threads: ThreadsOption = None,
     backend: BackendOption = "numpy",
 ) -> None:
     """Measure how well a model predicts text.
@@ -95,6 +97,7 @@ def evaluate(
 
     documents = read_files(text) if text else held_out_documents()
     keep_freed_memory()
+    computing = use_threads(threads)
     loaded = load(model, backend, weights=weights)
     kivi = kivi_from_options(loaded.config, kv_bits, kv_group, kv_residual)
     positions = loaded.config.max_position_embeddings
@@ -122,6 +125,7 @@ def evaluate(
                 loaded, other, documents, rng=rng, **settings, progress=advance
             )
             score = against.model
+    note(f"{score.tokens:,} tokens in {score.seconds:.1f} s, {computing}")
     if kivi is not None:
         _note_unused_kivi(kivi, score)
     if as_json:

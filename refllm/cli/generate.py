@@ -29,6 +29,7 @@ from refllm.cli.draft_options import (
 )
 from refllm.cli.main import keep_freed_memory
 from refllm.cli.options import AnyModelOption, BackendOption, WeightsOption, flag, opt
+from refllm.cli.threads import ThreadsOption, use_threads
 from refllm.errors import InputError
 from refllm.terminal import emit, note, printable, progress
 
@@ -88,6 +89,7 @@ def generate(
     kv_keep: KvKeepOption = None,
     kv_policy: KvPolicyOption = None,
     weights: WeightsOption = "auto",
+    threads: ThreadsOption = None,
     backend: BackendOption = "numpy",
 ) -> None:
     """Continue a prompt, token by token.
@@ -128,6 +130,7 @@ def generate(
             "--tree needs a cache that keeps everything: leave out --tree, or the --kv-… options"
         )
     keep_freed_memory()
+    computing = use_threads(threads)
     drafter = drafter_from_options(draft, gamma, tree, backend)
     loaded = load(model, backend, weights=weights)
     cache = sparse or kivi_from_options(loaded.config, kv_bits, kv_group, kv_residual)
@@ -159,6 +162,7 @@ def generate(
         facts = [f"{length} + {watch.tokens} tokens", f"the first after {1e3 * watch.ttft:.0f} ms"]
         if watch.tokens > 1:
             facts.append(f"then {watch.tokens_per_second:,.0f} tokens/s")
+        facts.append(computing)
         if temperature > 0:
             facts.append(f"seed {seed}")
         note(", ".join(facts))

@@ -28,9 +28,14 @@ from typer.core import TyperGroup
 from refllm import __version__
 from refllm.backend import BackendUnavailable
 from refllm.cli.options import flag
+from refllm.cli.threads import describe_blas, own_threads
 from refllm.errors import InputError
+from refllm.terminal import note
 
 VersionOption = Annotated[bool, flag("Print the version and exit.", "--version")]
+VerboseOption = Annotated[
+    bool, flag("Say which BLAS library computes, on which kernels.", "--verbose")
+]
 
 _M_TRIM_THRESHOLD = -1  # malloc.h
 _M_TOP_PAD = -2
@@ -52,7 +57,8 @@ class Commands(TyperGroup):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")
         try:
-            code = super().main(*args, **{**kwargs, "standalone_mode": False})
+            with own_threads():
+                code = super().main(*args, **{**kwargs, "standalone_mode": False})
         except (KeyboardInterrupt, typer.Abort):
             sys.exit(130)
         except Exception as error:
@@ -64,11 +70,15 @@ class Commands(TyperGroup):
         sys.exit(code if isinstance(code, int) else 0)
 
 
-def version_or_help(context: typer.Context, version: VersionOption = False) -> None:
+def version_or_help(
+    context: typer.Context, version: VersionOption = False, verbose: VerboseOption = False
+) -> None:
     """The deployment stack of a language model in readable NumPy, on a GPU through CuPy.
 
     Every command takes --help, which shows examples. To begin: refllm tour
     """
+    if verbose:
+        note(describe_blas())
     if version:
         typer.echo(f"refllm {__version__}")
     elif context.invoked_subcommand is None:

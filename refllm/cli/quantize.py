@@ -19,6 +19,7 @@ from refllm.cli.options import (
     flag,
     opt,
 )
+from refllm.cli.threads import ThreadsOption, use_threads
 from refllm.errors import InputError
 from refllm.terminal import console, counted_bar, format_bytes, note, pairs
 
@@ -129,6 +130,7 @@ def quantize(
     work: WorkOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
+    threads: ThreadsOption = None,
     backend: BackendOption = "numpy",
 ) -> None:
     """Quantise a model.
@@ -178,7 +180,7 @@ def quantize(
         **{name: value for name, value in given.items() if value is not None},
     )
     keep_freed_memory()
-    _announce(job)
+    _announce(job, use_threads(threads))
     with _display() as display:
         record = quantize.run(
             job,
@@ -228,7 +230,7 @@ def scheme_for(
     return Scheme(bits, rule, granularity, group)
 
 
-def _announce(job: QuantizationJob) -> None:
+def _announce(job: QuantizationJob, computing: str) -> None:
     """What is about to happen, to stderr."""
     windows = job.calibration
     layout = job.export.layout
@@ -245,6 +247,7 @@ def _announce(job: QuantizationJob) -> None:
         "layout": f"{layout.name}, floats in {job.export.dtype}",
         "text": text,
         "layers": f"stored in {job.work} until all are done",
+        "computed with": computing,
     }
     pairs(console(stderr=True), lines)
 

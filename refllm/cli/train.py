@@ -83,7 +83,10 @@ DecayOption = Annotated[float, opt("Weight decay of the matrices.", metavar="X",
 SeedOption = Annotated[
     int, opt("Seed of the initial weights and of the order of the windows.", min=0)
 ]
-WorkersOption = Annotated[int, opt("Threads; they change the result by rounding only.", min=1)]
+WorkersOption = Annotated[
+    int,
+    opt("Threads; they change the result by rounding only.", "--workers", "--threads", min=1),
+]
 TeacherOption = Annotated[
     str | None,
     opt(
@@ -254,6 +257,7 @@ def train(
     bits = f"{measured['bits per byte']:.3f} bits per byte"
     print(f"{output}: {bits} on {measured['tokens']:,} held-out tokens")
     size = sum(p.stat().st_size for p in job.work.iterdir() if p.is_file())
+    note(f"computed with {workers} threads")
     note(f"the state of the run is kept in {job.work} ({format_bytes(size)}); it may be removed")
 
 
