@@ -1,5 +1,5 @@
-"""Which kernels OpenBLAS takes, where NumPy's own choice is not the fastest: said before NumPy
-loads it.
+"""Which kernels OpenBLAS takes, where NumPy's own choice is not the fastest: set before NumPy is
+imported.
 
 OpenBLAS has kernels for many processors and chooses by the processor's model. On AMD processors
 with AVX-512 some versions, and any version that does not know the model, take those for AVX2
