@@ -20,6 +20,7 @@ class Node:
         "locks",
         "parent",
         "priority",
+        "salt",
         "slots",
         "used",
     )
@@ -31,7 +32,9 @@ class Node:
         parent: Node | None,
         now: int,
         priority: float = 0,
+        salt: Hashable = None,
     ):
+        """``salt`` is that of a root; only roots have no parent."""
         self.key = key
         self.slots = slots
         self.parent = parent
@@ -41,6 +44,7 @@ class Node:
         self.created = now
         self.used = now
         self.priority = priority
+        self.salt = salt
 
     def __len__(self) -> int:
         return len(self.key)

@@ -73,8 +73,10 @@ class RadixCache:
         self.splits = 0
         self.evicted = 0
         self._clock = 0
-        # one tree per salt: tenants never see each other's prefixes
+        # One tree per salt: tenants never see each other's prefixes. An empty tree is not kept:
+        # a match in it ends at ``_no_tree``.
         self._roots: dict[Hashable, Node] = {}
+        self._no_tree = Node((), [], None, 0)
         self._leaves: dict[Node, None] = {}  # unlocked leaves, which ``evict`` may take
 
     def match(self, tokens: Tokens, *, salt: Hashable = None, record: bool = True) -> Match:
@@ -85,7 +87,7 @@ class RadixCache:
         scheduler that sorts by hits).
         """
         now = self._tick()
-        node = self._root(salt)
+        node = self._roots.get(salt, self._no_tree)
         slots = []
         for child, common in self._walk(node, tokens):
             node = child if common == len(child) else self._split(child, common)
@@ -116,7 +118,7 @@ class RadixCache:
                 f"insert: a slot holds one token, but one of the {len(slots)} slots occurs twice"
             )
         now = self._tick()
-        node = self._root(salt)
+        node = self._roots.get(salt) or Node((), [], None, now, salt=salt)
         at = 0
         for child, common in self._walk(node, tokens):
             node = child if common == len(child) else self._split(child, common)
@@ -125,6 +127,8 @@ class RadixCache:
             at += common
         end = self._whole(tokens)
         if at < end:  # the rest becomes a new leaf
+            if node.parent is None:
+                self._roots[salt] = node
             leaf = Node(tuple(tokens[at:end]), list(slots[at:end]), node, now, priority)
             node.children[self._first_page(leaf.key, 0)] = leaf
             self._leaves.pop(node, None)  # no leaf any more
@@ -183,6 +187,8 @@ class RadixCache:
             if self._offer(parent):
                 order += 1
                 heapq.heappush(heap, (rank(parent), order, parent))
+            elif parent.parent is None and not parent.children:
+                del self._roots[parent.salt]  # the last token under this salt
         self.evictable -= freed
         self.evicted += freed
         return freed
@@ -202,12 +208,6 @@ class RadixCache:
         """Advance the clock of uses."""
         self._clock += 1
         return self._clock
-
-    def _root(self, salt: Hashable) -> Node:
-        """The root of a salt's tree, made on first use."""
-        if salt not in self._roots:
-            self._roots[salt] = Node((), [], None, self._clock)
-        return self._roots[salt]
 
     def _whole(self, tokens: Tokens) -> int:
         """How many tokens fill whole pages."""
@@ -286,6 +286,7 @@ class RadixCache:
             size[node.locks > 0] += len(node)
             if not node.children and not node.locks:
                 leaves.add(node)
+        assert all(root.children for root in self._roots.values()), "an empty tree is kept"
         assert (self.evictable, self.protected) == (size[False], size[True]), "the sizes are wrong"
         assert leaves == set(self._leaves), "the candidates for eviction are wrong"
         slots = [s for node in self.nodes() for s in node.slots]

@@ -278,6 +278,35 @@ def test_tenants_do_not_see_each_other():
     assert cache.match([1, 2], salt="a").slots == [0, 1]
 
 
+@pytest.mark.theorem(
+    "A tree that holds no token is not kept: memory does not grow with the salts that were used",
+    source="kv/radix_tree.py",
+)
+@given(
+    steps=st.lists(st.tuples(st.integers(0, 4), st.booleans(), st.booleans()), max_size=20),
+    page=st.integers(1, 2),
+)
+def test_conservation_no_root_without_tokens(steps, page):
+    cache = RadixCache(page)
+    handles = []
+    for number, (salt, keep, evict) in enumerate(steps):
+        cache.match([salt], salt=("asked", number))  # in vain: leaves nothing
+        cache.insert([1, 2], [2 * number, 2 * number + 1], salt=salt)
+        if keep:
+            handles.append(cache.match([1, 2], salt=salt).node)
+            cache.lock(handles[-1])
+        if evict:
+            cache.evict(cache.evictable)
+        cache.check()
+        assert set(cache._roots) <= set(range(5))
+    for node in handles:
+        cache.unlock(node)
+    cache.evict(cache.evictable)
+    cache.check()
+    assert not cache._roots
+    assert not list(cache.nodes())
+
+
 def test_matching_without_recording_changes_nothing():
     cache = RadixCache()
     cache.insert([1, 2, 3], [0, 1, 2])
