@@ -143,7 +143,7 @@ class OutputReader:
     def _end(self, token: int) -> StreamChunk:
         """The chunk of a token that ends the output."""
         text, matched = self._rest()
-        if matched is not None:  # held back in case a longer stop string had begun before it
+        if matched is not None:  # a character that was held back completes it
             return self._chunk(text, [], "stop", matched)
         reason = self.stops.reason(token)
         if not self.params.include_stop_str_in_output:

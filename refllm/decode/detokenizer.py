@@ -100,9 +100,11 @@ class Utf8Stream:
 class StopStrings:
     """Ends a stream of text before the first stop string, wherever the chunks are cut.
 
-    The result depends on the whole text alone: everything before the first occurrence of any
-    stop string. Of two that begin at the same position the shorter is ``matched``. Text is
-    held back only from the first position where a stop string may have begun.
+    The text ends as soon as any stop string is complete, so no token is sampled after it. Of
+    several that end at the same character the longest is ``matched``. This depends on the
+    text alone, not on how it is cut. Text is held back only from the first position where a
+    stop string may have begun. (llama.cpp and vLLM look for stop strings after each token,
+    so which of two they find depends on the tokens.)
 
     With ``include`` the text ends after the stop string. A stop string counts only if it ends
     in text of a push with ``stopping`` (``min_tokens``: earlier text may begin it).
@@ -114,6 +116,8 @@ class StopStrings:
     ('x = 1  # ', 'defaults', ' ')
     >>> stops.stopped, stops.push("more")
     (True, '')
+    >>> StopStrings(["z", "xyzQQ"]).push("wxyzQQ")
+    'wxy'
     """
 
     def __init__(self, stops: str | Iterable[str] = (), *, include: bool = False):
@@ -126,13 +130,17 @@ class StopStrings:
             raise InputError(f"a stop string must be text, and must not be empty: {self.stops}")
         self.stopped = False
         self.matched: str | None = None
+        # (stop string, where the last other one ends within it: 0, or that one is complete first)
+        self._inner_ends = [(s, _last_inner_end(s, self.stops)) for s in self.stops]
         self._held = ""
+        self._stopping = True  # whether stop strings may end in the text of the last push
         self._ignored = 0  # characters of what is held in which no stop string may end
 
     def push(self, text: str, *, stopping: bool = True) -> str:
         """Take the next chunk of text; return the text that is safe to show, which is empty
         after the stop.
         """
+        self._stopping = stopping
         if not stopping and not self.stopped:
             self._ignored = len(self._held) + len(text)
         return self._advance(text, ended=False)
@@ -146,24 +154,21 @@ class StopStrings:
         if self.stopped:
             return ""
         held = self._held + text
-        # (position, length) puts the earliest first and, of those, the shortest
         found = []
         for s in self.stops:
             at = held.find(s, max(0, self._ignored - len(s) + 1))
             if at >= 0:
-                found.append((at, len(s)))
-        start, length = min(found, default=(len(held), 0))
-        maybe = len(held) if ended else self._may_begin(held)
-        if length and start <= maybe:
+                found.append((at + len(s), at))  # the first that ends; of those the longest
+        if found:
+            end, start = min(found)
             self.stopped = True
-            self.matched = held[start : start + length]
+            self.matched = held[start:end]
             self._held = ""
-            return held[: start + length] if self.include else held[:start]
-        # No stop yet, or one that an earlier and longer stop string, still incomplete, may
-        # precede.
-        self._held = held[maybe:]
-        self._ignored = max(0, self._ignored - maybe)
-        return held[:maybe]
+            return held[:end] if self.include else held[:start]
+        shown = len(held) if ended else self._may_begin(held)
+        self._held = held[shown:]
+        self._ignored = max(0, self._ignored - shown)
+        return held[:shown]
 
     def _may_begin(self, held: str) -> int:
         """The first position from which ``held`` may continue into a stop string; its
@@ -171,6 +176,22 @@ class StopStrings:
         """
         longest = max(map(len, self.stops), default=1)
         for i in range(max(0, len(held) - longest + 1), len(held)):
-            if any(s.startswith(held[i:]) for s in self.stops):
-                return i
+            for s, inner_end in self._inner_ends:
+                if not s.startswith(held[i:]):
+                    continue
+                if not inner_end or i + inner_end <= self._ignored or not self._stopping:
+                    return i
         return len(held)
+
+
+def _last_inner_end(stop: str, stops: tuple[str, ...]) -> int:
+    """The last position before the end of ``stop`` at which another stop string within it
+    ends; 0 if there is none.
+
+    >>> _last_inner_end("aabb", ("ab", "aabb"))
+    3
+    """
+    for end in range(len(stop) - 1, 0, -1):
+        if stop[:end].endswith(stops):
+            return end
+    return 0
