@@ -149,6 +149,11 @@ def config_from_metadata(
     """
     arch = metadata.get("general.architecture")
     if not isinstance(arch, str) or arch not in _ARCHITECTURES.values():
+        if isinstance(arch, str) and (arch.endswith("moe") or f"{arch}.expert_count" in metadata):
+            raise CheckpointError(
+                f"{where}: general.architecture is {arch!r:.60}, a mixture of experts: experts are "
+                "not computed here"
+            )
         known = ", ".join(sorted(set(_ARCHITECTURES.values())))
         raise CheckpointError(
             f"{where}: general.architecture is {arch!r:.60}; supported are {known}"
@@ -184,6 +189,8 @@ def config_from_metadata(
             bos_token_id=begin,
             eos_token_ids=ends,
         )
+    except CheckpointError:  # names the file already
+        raise
     except (ValueError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{where}: {error}") from error
 

@@ -3,6 +3,7 @@
 | file                   | what is read                                                     |
 |------------------------|------------------------------------------------------------------|
 | config.json            | the network's shape, and how its weights are quantised           |
+|                        | (``quantization_files``; older writers have a file for that)     |
 | model.safetensors      | the weights, in one file or in shards (``tensor_files``)         |
 | tokenizer.json         | the tokenizer                                                    |
 | generation_config.json | its eos ids, which take precedence over the config's             |
@@ -34,6 +35,7 @@ import numpy as np
 from refllm.backend import NUMPY, Array, Namespace, get
 from refllm.checkpoints.chat_template import ChatTemplates
 from refllm.checkpoints.chat_template_files import templates_from_directory
+from refllm.checkpoints.quantization_files import read_quantization
 from refllm.checkpoints.sources import BUNDLED as BUNDLED
 from refllm.checkpoints.sources import bundled as bundled
 from refllm.checkpoints.sources import is_gguf
@@ -55,7 +57,7 @@ from refllm.checkpoints.weight_storage import Decoded, StoredTensor, check_choic
 from refllm.errors import InputError
 from refllm.formats import float_layouts
 from refllm.formats.layouts import FLOAT, FLOAT8, Spec, WeightLayout, from_tensors, tensor_specs
-from refllm.formats.quantization_config import Quantization, UnsupportedQuantization, parse
+from refllm.formats.quantization_config import Quantization
 from refllm.model.config import ModelConfig
 from refllm.model.llama import Weights, build
 from refllm.model.weights import Linear
@@ -192,20 +194,6 @@ def _generation_eos(file: Path) -> tuple[int, ...] | None:
             f"{file}: eos_token_id must be a token id or a list of them, got {eos!r}"
         )
     return tuple(ids) or None
-
-
-def read_quantization(directory: Path) -> Quantization | None:
-    """How the weights of a checkpoint are quantised, from ``config.json``; None for plain
-    weights, CheckpointError for a quantisation that is not supported.
-    """
-    file = directory / "config.json"
-    raw = read_json(file).get("quantization_config")
-    if raw is None:
-        return None
-    try:
-        return parse(raw)
-    except UnsupportedQuantization as error:
-        raise CheckpointError(f"{file}: {error}") from error
 
 
 # --- tensors --------------------------------------------------------------------------------

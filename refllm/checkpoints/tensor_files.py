@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -42,8 +43,14 @@ INDEX = "model.safetensors.index.json"
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # the same, for the codes of quantised weights
 INTEGERS = {"I64": "int64", "I32": "int32", "I8": "int8", "F8_E4M3": "float8_e4m3fn"}
+# Files in which older writers describe quantised weights → the method that they imply. The
+# weights of such directories lie in a file of any name
+QUANTIZATION_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+
+# Names of tensors of a mixture of experts, in Hugging Face's files and in GGUF's
+_EXPERT = re.compile(r"\.experts\.|\.block_sparse_moe\.|_exps\.|\.ffn_gate_inp\.|\.ffn_\w+\.\d+\.")
 
 Shape = tuple[int, ...]
 
@@ -92,6 +99,8 @@ class TensorFiles(Mapping[str, np.ndarray]):
         self._where: dict[str, Path] = {}
         single = self.directory / file
         index = self.directory / INDEX
+        if not (file != SINGLE or single.is_file() or index.is_file()):
+            single, index = _by_older_writers(self.directory, single, index)
         if single.is_file():
             self._where = dict.fromkeys(self._open(single).keys(), single)
         elif index.is_file():
@@ -250,9 +259,10 @@ def converted(tensor: np.ndarray, dtype: str, name: str, where: Path) -> np.ndar
             f"at {first}: the weights are damaged, or their training diverged"
         )
     limit = float(ml_dtypes.finfo(host_dtype(dtype)).max)
+    wider = {"float16": "float32 or bfloat16", "bfloat16": "float32", "float32": "float64"}
     raise CheckpointError(
         f"{where}: {name!r} holds {float(np.abs(tensor).max()):.6g}, beyond the largest {dtype}, "
-        f"{limit:g}: choose float32 or bfloat16"
+        f"{limit:g}: choose {wider[dtype]}"
     )
 
 
@@ -317,7 +327,17 @@ def check_tensors(
     if wanted is None:
         wanted = tensor_shapes(config)
     needed = set()
+    expert = next((n for n in shapes if _EXPERT.search(n)), None)
+    if expert is not None:
+        raise CheckpointError(
+            f"{where}: {expert!r} belongs to a mixture of experts: experts are not computed here"
+        )
     for name, shape in wanted:
+        if name == HEAD and HEAD not in shapes:
+            raise CheckpointError(
+                f"{where}: the tensor {HEAD!r} is missing: if the head is the embedding, set "
+                "tie_word_embeddings to true in config.json; otherwise download it again"
+            )
         if name not in shapes:
             raise CheckpointError(
                 f"{where}: the tensor {name!r} is missing, which a {config.family} of "
@@ -382,8 +402,29 @@ def _inside(directory: Path, name: str, index: Path) -> Path:
     return path
 
 
+def _by_older_writers(directory: Path, single: Path, index: Path) -> tuple[Path, Path]:
+    """(file, index) of a directory of AutoGPTQ or AutoAWQ: what is the only one of its kind
+    there; as given for another directory.
+    """
+    if not any((directory / name).is_file() for name in QUANTIZATION_FILES):
+        return single, index
+    files = list(directory.glob("*.safetensors"))
+    indices = list(directory.glob("*.safetensors.index.json"))
+    if len(indices) == 1:
+        return single, indices[0]
+    if len(files) == 1:
+        return files[0], index
+    return single, index
+
+
 def _no_weights(directory: Path) -> str:
     """Why a directory has no readable weights."""
+    others = sorted(p.name for p in directory.glob("*.safetensors"))
+    if others:
+        return (
+            f"{directory} holds {others[0]}, but neither {SINGLE} nor {INDEX}: rename the file if "
+            "it is complete, or download the index that belongs to its shards"
+        )
     pickled = sorted(
         p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")
     )

@@ -58,7 +58,8 @@ def describe(directory: Path, *, verify: bool = False) -> Json:
     CheckpointError
         if the directory is no checkpoint that refllm reads.
     """
-    from refllm.checkpoints.loading import NetworkTensors, read_config, read_quantization
+    from refllm.checkpoints.loading import NetworkTensors, read_config
+    from refllm.checkpoints.quantization_files import read_quantization
     from refllm.checkpoints.tensor_files import FLOATS, INTEGERS, TensorFiles, host_dtype
     from refllm.checkpoints.tokenizer import Tokenizer
     from refllm.measure.memory import kv_bytes_per_token

@@ -361,7 +361,7 @@ def from_tensors(
 
     ``scale_dtype`` is the type that the scales were stored in and are stored in again,
     ``dtype`` the type that the weight comes back in. Zero points that are all 2^(b−1) are
-    not kept: the weight is then symmetric.
+    not kept: the weight is then symmetric, as all weights of a symmetric layout must be.
 
     Raises
     ------
@@ -375,6 +375,8 @@ def from_tensors(
         raise InputError(f"{name}: a scale is negative or not finite: the file is damaged")
     words = _stream(tensors, layout, shape, name)
     zero = _zeros(tensors, layout, m)
+    if layout.transposed and layout.symmetric and zero is not None:
+        _require_symmetric(zero, layout, name)
     order = None
     if "g_idx" in tensors:
         order = _act_order(tensors["g_idx"], layout.groups(n), name)
@@ -397,6 +399,25 @@ def from_tensors(
     if layout.activations:
         return W8A8Linear(made, name=f"the input of {name}")
     return made
+
+
+def _require_symmetric(zero: Array, layout: WeightLayout, name: str) -> None:
+    """ValueError unless all zero points are 2^(b−1), as the layout says they are."""
+    xp = namespace(zero)
+    middle = 1 << (layout.bits - 1)
+    wrong = zero != middle
+    if not bool(xp.any(wrong)):
+        return
+    found = int(xp.reshape(zero, (-1,))[int(xp.argmax(xp.reshape(wrong, (-1,))))])
+    advice = "set 'sym' to false if the zero points are right"
+    if layout.name == "gptq" and bool(xp.all(zero == middle + 1)):
+        advice = "'checkpoint_format' should say gptq_v2, which stores zero points as they are"
+    elif layout.name == "gptq_v2" and bool(xp.all(zero == middle - 1)):
+        advice = "'checkpoint_format' should say gptq, which stores zero points less 1"
+    raise InputError(
+        f"{name} has the zero point {found}, but its quantization config says that weights are "
+        f"symmetric ('sym'), with {middle}: {advice}"
+    )
 
 
 def _act_order(g_idx: Array, groups: int, name: str) -> Array | None:

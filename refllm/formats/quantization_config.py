@@ -216,8 +216,9 @@ def parse(raw: object) -> Quantization:
         name, bits = _awq(raw)
     size = raw.get("group_size", raw.get("q_group_size"))
     size = None if size == -1 else _size(size)
-    # zero points are in the file, whatever "sym" says
-    layout = WeightLayout(name, bits, size, symmetric=False, act_order=bool(raw.get("desc_act")))
+    # zero points are in the file; where "sym" is set, ``layouts.from_tensors`` checks them
+    symmetric = method == "gptq" and _flag(raw, "sym")
+    layout = WeightLayout(name, bits, size, symmetric, act_order=_flag(raw, "desc_act"))
     return Quantization(str(method), ((("Linear",), layout),))
 
 
@@ -342,6 +343,14 @@ def _float_group(weights: Entry, inputs: object) -> WeightLayout:
 
 
 # --- values -------------------------------------------------------------------------------
+
+
+def _flag(raw: Entry, key: str) -> bool:
+    """A boolean, false if it is missing or null."""
+    value = raw.get(key)
+    if value is not None and not isinstance(value, bool):
+        _reject(key, value, "true and false")
+    return bool(value)
 
 
 def _agrees(inputs: object, wanted: Entry) -> bool:

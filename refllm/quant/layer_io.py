@@ -35,7 +35,8 @@ import numpy as np
 
 from refllm.atomic import replacing, sync_directory, write_atomic
 from refllm.backend import Array, Namespace, asarray_like, get, namespace, to_numpy
-from refllm.checkpoints.loading import NetworkTensors, read_config, read_quantization
+from refllm.checkpoints.loading import NetworkTensors, read_config
+from refllm.checkpoints.quantization_files import read_quantization
 from refllm.checkpoints.tensor_files import (
     EMBEDDING,
     CheckpointError,

@@ -45,7 +45,8 @@ from refllm.checkpoints.gguf_names import (
     permutation,
 )
 from refllm.checkpoints.gguf_rope import ROPE_FACTORS, rope_factors
-from refllm.checkpoints.loading import is_gguf, read_config, read_quantization
+from refllm.checkpoints.loading import is_gguf, read_config
+from refllm.checkpoints.quantization_files import read_quantization
 from refllm.checkpoints.tensor_files import (
     CheckpointError,
     TensorFiles,

@@ -8,6 +8,7 @@ import json
 import math
 import struct
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -22,9 +23,11 @@ from refllm.checkpoints.tensor_files import (
     SINGLE,
     CheckpointError,
     TensorFiles,
+    check_tensors,
     converted,
     tensor_shapes,
 )
+from refllm.model.config import ModelConfig
 from strategies import model_configs
 
 BF16 = ml_dtypes.bfloat16
@@ -367,23 +370,49 @@ def test_a_value_that_is_not_finite_is_named_with_its_place(value, dtype):
 
 
 @pytest.mark.parametrize(
-    ("largest", "beyond", "dtype"),
+    ("largest", "beyond", "dtype", "wider"),
     [
-        (65519.99, 65520.0, "float16"),
-        (3.4028235e38, 3.4028236e38, "float32"),
-        (3.39e38, 3.4e38, "bfloat16"),
+        (65519.99, 65520.0, "float16", "float32 or bfloat16"),
+        (3.4028235e38, 3.4028236e38, "float32", "float64"),
+        (3.39e38, 3.4e38, "bfloat16", "float32"),
     ],
 )
-def test_a_value_that_would_become_infinite_is_rejected(largest, beyond, dtype):
+def test_a_value_that_would_become_infinite_is_rejected(largest, beyond, dtype, wider):
     """Up to half a spacing beyond the largest finite value, rounding returns that value;
     from there on it is ∞.
     """
     for sign in (1, -1):
         assert np.isfinite(converted(np.array([sign * largest]), dtype, "w", Path("here"))).all()
         with pytest.raises(
-            CheckpointError, match=rf"here: 'w' holds .* beyond the largest {dtype}"
+            CheckpointError, match=rf"'w' holds .* beyond the largest {dtype}, .*: choose {wider}$"
         ):
             converted(np.array([1.0, sign * beyond]), dtype, "w", Path("here"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.mlp.experts.3.gate_proj.weight",
+        "model.layers.0.block_sparse_moe.gate.weight",
+        "model.layers.0.mlp.experts.down_proj",
+        "blk.0.ffn_gate_exps.weight",
+        "blk.0.ffn_gate_inp.weight",
+        "blk.0.ffn_up.7.weight",  # llama.cpp's first layout of experts
+    ],
+)
+def test_experts_are_named_before_anything_is_missing(name):
+    config = ModelConfig("llama", 9, 8, 8, 1, 1, 1, 8)
+    with pytest.raises(CheckpointError, match="experts: experts are not computed here"):
+        check_tensors(config, {name: np.zeros(3)}, Path("here"))
+
+
+def test_a_missing_head_may_be_the_embedding():
+    config = ModelConfig("llama", 9, 8, 8, 1, 1, 1, 8)
+    tensors = {name: np.zeros(shape) for name, shape in tensor_shapes(config)}
+    del tensors["lm_head.weight"]
+    with pytest.raises(CheckpointError, match="'lm_head.weight' is missing: .* tie_word_embeddin"):
+        check_tensors(config, tensors, Path("here"))
+    check_tensors(replace(config, tie_word_embeddings=True), tensors, Path("here"))
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int64", "uint16", "bool", "complex64"])

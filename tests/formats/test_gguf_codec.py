@@ -630,6 +630,30 @@ def test_a_scale_beyond_float16_is_infinite_or_rejected():
     assert not np.isfinite(dequantize(quantize(x, "Q8_0"), "Q8_0")).all()
 
 
+@pytest.mark.parametrize(
+    ("type", "value", "message"),
+    [
+        (
+            "F16",
+            -65520.0,
+            "F16 cannot hold row 1, column 3: -65520 is beyond its largest value, 65504",
+        ),
+        (
+            "BF16",
+            3.4e38,
+            "BF16 cannot hold row 1, column 3: 3.4e[+]38 is beyond .* 3.39e38; choose F32",
+        ),
+    ],
+)
+def test_16_bit_floats_say_their_own_overflow(xp, type, value, message):
+    x = np.ones((2, 5), np.float32)
+    x[1, 3] = value
+    with pytest.raises(ValueError, match=message):
+        quantize(xp.asarray(x), type, overflow="raise")
+    x[1, 3] = 65504.0
+    quantize(xp.asarray(x), type, overflow="raise")
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_nan_and_infinity_are_rejected_with_their_index(xp, bad):
     x = np.zeros((3, 256), np.float32)

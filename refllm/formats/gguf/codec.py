@@ -172,6 +172,12 @@ def _reject_overflow(out: Array, x: Array, type: str) -> None:
         return
     row, column = divmod(int(xp.argmin(xp.reshape(good, (-1,)))), int(x.shape[1]))
     most = float(xp.max(xp.abs(x[row])))
+    if not gguf_type(type).quantized:  # F16 or BF16
+        largest, wider = ("65504", "BF16 or F32") if type == "F16" else ("3.39e38", "F32")
+        raise InputError(
+            f"quantize: {type} cannot hold row {row}, column {column}: "
+            f"{float(x[row, column]):.6g} is beyond its largest value, {largest}; choose {wider}"
+        )
     raise InputError(
         f"quantize: {type} cannot hold row {row} near column {column}: its scale, for values up "
         f"to {most:.3g}, is beyond float16's 65504; choose BF16 or F32"
