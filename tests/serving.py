@@ -47,7 +47,9 @@ def alone(request: Request, index: int = 0) -> tuple[list[int], float]:
     for _ in range(request.max_tokens):
         z = last_logits(tuple(tokens))[None]
         output = tokens[len(request.prompt) :]
-        z = processed(z[0], chosen, request.prompt, output)[None]
+        wanted = request.output
+        masked = {5, *wanted.stop_token_ids}
+        z = processed(z[0], chosen, request.prompt, output, wanted.min_tokens, masked)[None]
         u = rng.random(1)
         if chosen.temperature == 0:
             token = int(z.argmax())
@@ -55,12 +57,18 @@ def alone(request: Request, index: int = 0) -> tuple[list[int], float]:
             token = int(sampling.sample(sampling.process_logits(z, *params), u)[0])
         nearest = min(nearest, float(margin(z, u, *params)[0]))
         tokens.append(token)
-        if token == 5 and not request.ignore_eos:
+        if token in ends_of(request):
             break
     return tokens[len(request.prompt) :], nearest
 
 
 def without_end(tokens: Sequence[int], request: Request) -> list[int]:
-    """The tokens as outputs have them: without the end token."""
-    ended = tokens and tokens[-1] == 5 and not request.ignore_eos
-    return list(tokens[:-1] if ended else tokens)
+    """The tokens as outputs have them: without the end or stop token, unless it stays."""
+    ended = tokens and tokens[-1] in ends_of(request)
+    kept = request.output.include_stop_str_in_output
+    return list(tokens[:-1] if ended and not kept else tokens)
+
+
+def ends_of(request: Request) -> set[int]:
+    """The tokens that end an output of the request."""
+    return {*request.output.stop_token_ids, *(() if request.ignore_eos else (5,))}

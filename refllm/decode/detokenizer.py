@@ -50,6 +50,13 @@ class Utf8Stream:
         self._window: list[int] = []  # one id for context, then those whose text is not certain
         self._shown = ""  # the part of the window's text that was returned
 
+    def copy(self) -> Utf8Stream:
+        """A second stream in the same state."""
+        other = Utf8Stream(self.tokenizer)
+        other._window = self._window[:]
+        other._shown = self._shown
+        return other
+
     def push(self, token_id: int) -> str:
         """Take the next id; return the text that is certain now, which may be empty.
 
@@ -135,6 +142,15 @@ class StopStrings:
         self._held = ""
         self._stopping = True  # whether stop strings may end in the text of the last push
         self._ignored = 0  # characters of what is held in which no stop string may end
+
+    def copy(self) -> StopStrings:
+        """A second filter in the same state."""
+        other = StopStrings(self.stops, include=self.include)
+        other.stopped = self.stopped
+        other.matched = self.matched
+        other._held = self._held
+        other._ignored = self._ignored
+        return other
 
     def push(self, text: str, *, stopping: bool = True) -> str:
         """Take the next chunk of text; return the text that is safe to show, which is empty

@@ -110,7 +110,7 @@ class BaseScheduler(ABC):
         order = self._submitted
         self._submitted += 1
         if request.max_tokens == 0:
-            for index in range(request.n):
+            for index in range(request.num_sequences):
                 done = Sequence(request, index, order).finish("length")
                 self._finished.append(SequenceUpdate(done, [], "length"))
             return request_id
@@ -122,7 +122,7 @@ class BaseScheduler(ABC):
 
     def rejection_reason(self, request: Request) -> str | None:
         """Why a request can never be served; None if it can."""
-        n = request.n
+        n = request.num_sequences
         budget = self.max_batch_tokens
         if n > 1 and not self.memory.can_fork:
             return f"asks for {n} sequences, which this memory cannot share: submit {n} requests"

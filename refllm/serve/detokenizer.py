@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.decode.detokenizer import StopStrings, Utf8Stream
+from refllm.decode.output_params import OutputParams
 
 
 class Detokenizer:
@@ -21,13 +22,29 @@ class Detokenizer:
     published.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
+    def __init__(self, tokenizer: Tokenizer, params: OutputParams):
         self._tokenizer = tokenizer
-        self._stop = stop
+        self._params = params
         self.text = ""  # published
+        self._begin()
+
+    def _begin(self) -> None:
+        self.count = 0  # tokens so far
         self._new = ""  # not published yet
-        self._characters = Utf8Stream(tokenizer)
-        self._stop_strings = StopStrings(stop)
+        self._characters = Utf8Stream(self._tokenizer)
+        self._stop_strings = StopStrings(
+            self._params.stop or (), include=self._params.include_stop_str_in_output
+        )
+
+    def copy(self) -> Detokenizer:
+        """A second one in the same state."""
+        other = Detokenizer(self._tokenizer, self._params)
+        other.text = self.text
+        other.count = self.count
+        other._new = self._new
+        other._characters = self._characters.copy()
+        other._stop_strings = self._stop_strings.copy()
+        return other
 
     @property
     def stopped(self) -> bool:
@@ -40,13 +57,20 @@ class Detokenizer:
         return self._stop_strings.matched
 
     def push(self, token: int) -> None:
-        """Take the next token."""
-        self._new += self._stop_strings.push(self._characters.push(token))
+        """Take the next token. A stop string counts only if it ends after ``min_tokens``."""
+        self.count += 1
+        stopping = self.count > self._params.min_tokens
+        text = self._characters.push(token)
+        self._new += self._stop_strings.push(text, stopping=stopping)
 
     def flush(self) -> None:
         """No more tokens will come: release the text that is held back."""
         self._new += self._stop_strings.push(self._characters.flush())
         self._new += self._stop_strings.flush()  # nothing follows a stop string
+
+    def append_end(self, token: int) -> None:
+        """Add the text of the token that ended the output; it completes no stop string."""
+        self._new += self._tokenizer.decode([token])
 
     def take(self) -> str:
         """The text since the last call; it counts as published from now on."""
@@ -57,10 +81,8 @@ class Detokenizer:
 
     def restart(self, published: Sequence[int]) -> None:
         """Go back to the state in which the text of these tokens had just been published."""
-        self._characters = Utf8Stream(self._tokenizer)
-        self._stop_strings = StopStrings(self._stop)
+        self._begin()
         self.text = ""
-        self._new = ""
         for token in published:
             self.push(token)
         self.take()

@@ -14,8 +14,7 @@ The tokens of a request depend on its prompt, its settings and its seed alone: n
 batch, the budget, chunks, cached prefixes or preemption. (Up to rounding: products of other
 shapes round differently, and where two logits are that close, either may win.)
 
-Left out: several devices, planning while the device computes, structured output,
-log-probabilities.
+Left out: several devices, planning while the device computes, structured output.
 """
 
 from __future__ import annotations
@@ -38,11 +37,11 @@ from refllm.serve import factory
 from refllm.serve.adaptive_drafts import AdaptiveDrafting, propose_drafts
 from refllm.serve.base_scheduler import BaseScheduler
 from refllm.serve.isolation import Failures, sentence
-from refllm.serve.model_runner import ModelRunner, sample_outcomes
+from refllm.serve.model_runner import ModelRunner, PromptRows, sample_outcomes
 from refllm.serve.outputs import EngineStats, RequestOutput
 from refllm.serve.plan import Outcome, Plan, SequenceKey, SequenceUpdate
 from refllm.serve.request import Request, Sequence
-from refllm.serve.request_state import Callback, RequestState, logits_processors, validate_request
+from refllm.serve.request_state import Callback, RequestState, rules_of, validate_request
 
 
 class Engine(EngineStats):
@@ -163,8 +162,13 @@ class Engine(EngineStats):
                     "use another id"
                 )
             validate_request(request, self.model.config)
-            processors = logits_processors(request, self.model)
-            state = RequestState(request, callback, self.model, self.drafter, processors)
+            if callback is not None and request.num_sequences > request.n:
+                raise InputError(
+                    f"request {request.request_id!r}: which of best_of outputs are the best is "
+                    "known when all have ended: submit it without a callback"
+                )
+            rules = rules_of(request, self.model)
+            state = RequestState(request, callback, self.model, self.drafter, rules)
             request_id = self.scheduler.submit(request)
             if request.seed is None:
                 state.seed = int(self._seeds.integers(2**63))
@@ -252,7 +256,8 @@ class Engine(EngineStats):
         try:
             if self.on_plan is not None:
                 self.on_plan(plan)
-            z = self._runner.execute(plan, sequences)
+            z, prompt_rows = self._runner.execute(plan, sequences)
+            self._score_prompts(prompt_rows, requests, failures)
             outcomes: list[Outcome] = []
             if z is not None:
                 outcomes = sample_outcomes(plan, sequences, requests, draft_q, z, failures)
@@ -263,6 +268,21 @@ class Engine(EngineStats):
             with self._lock:
                 self._roll_back(plan, sequences, requests, failures)
             raise
+
+    def _score_prompts(
+        self,
+        prompt_rows: list[PromptRows],
+        requests: abc.Mapping[abc.Hashable, RequestState],
+        failures: Failures,
+    ) -> None:
+        """Keep the log-probabilities of prompt tokens that the step has computed."""
+        for rows in prompt_rows:
+            request_id = rows.sequence.request.request_id
+            try:
+                entries = self._runner.score_prompt(rows)
+                requests[request_id].add_prompt_logprobs(rows.start, entries)
+            except Exception as error:
+                failures.add(request_id, "logits", error)
 
     def _draft(self, failures: Failures) -> dict[SequenceKey, Array | None]:
         """Ask the drafters, if there are any; returns the q that drafts were sampled from."""
@@ -425,5 +445,5 @@ class Engine(EngineStats):
         state = self._requests.pop(request_id)
         for sequence in cut_off:
             state.record(SequenceUpdate(sequence, [], sequence.finish_reason))
-        state.output.outputs.sort(key=lambda output: output.index)
+        state.output.outputs = state.best_outputs()
         self.results[request_id] = state.output

@@ -36,6 +36,12 @@ from refllm.backend import Array, asarray_like, finite_argmax, to_numpy
 from refllm.decode import sampling
 from refllm.decode.fast.captured_step import make_decode_step
 from refllm.decode.logits_processors import LogitsProcessors, Row, process_rows
+from refllm.decode.logprobs import (
+    TokenLogprobs,
+    processed_log_probabilities,
+    prompt_logprobs,
+    token_logprobs,
+)
 from refllm.decode.sampling_params import SamplingParams
 from refllm.decode.speculative.interface import ModelLike
 from refllm.decode.speculative.verification import verify
@@ -58,6 +64,16 @@ class _PlannedTable(NamedTuple):
     def slots(self, start: int, stop: int) -> list[int]:
         """The slots of positions [start, stop), in order."""
         return slots_of(self.blocks, self.block_size, start, stop)
+
+
+class PromptRows(NamedTuple):
+    """Hidden states [T, N] of positions [start, start + T) of a prompt, whose next tokens'
+    log-probabilities are wanted.
+    """
+
+    sequence: Sequence
+    start: int
+    hidden: Array
 
 
 class ModelRunner:
@@ -85,19 +101,23 @@ class ModelRunner:
         self._decode_step = make_decode_step(model.weights, model.config)
         return True
 
-    def execute(self, plan: Plan, sequences: abc.Iterable[Sequence]) -> Array | None:
-        """Compute a plan → z[R, V], or None if R = 0. ``sequences`` are those of
-        ``plan.items``, in the same order. The weights are those of the last ``capture``.
+    def execute(
+        self, plan: Plan, sequences: abc.Iterable[Sequence]
+    ) -> tuple[Array | None, list[PromptRows]]:
+        """Compute a plan → z[R, V], or None if R = 0, and what ``score_prompt`` needs of the
+        prompts whose log-probabilities are wanted. ``sequences`` are those of ``plan.items``,
+        in the same order. The weights are those of the last ``capture``.
         """
         cache = self.cache
         cache.copy(plan.copies)
         if not plan.items:
-            return None
+            return None, []
         tables: list[_PlannedTable] = []
         counts: list[int] = []
         tokens: list[int] = []
         positions: list[int] = []
         rows: list[int] = []  # of the T tokens, those that are sampled
+        scored: list[tuple[Sequence, int, range]] = []  # prompts to score: start, rows
         for sequence, item in zip(sequences, plan.items, strict=True):
             _, start, count, blocks, samples, _ = item
             tables.append(_PlannedTable(blocks, plan.block_size, start))
@@ -108,6 +128,11 @@ class ModelRunner:
             else:
                 tokens += [*sequence.tokens, *sequence.drafts][start : start + count]
                 positions += range(start, start + count)
+            if samples != count and sequence.request.output.prompt_logprobs is not None:
+                first = len(tokens) - count
+                last = min(start + count, len(sequence.request.prompt) - 1)  # exclusive
+                if start < last:
+                    scored.append((sequence, start, range(first, first + last - start)))
             rows += range(len(tokens) - samples, len(tokens))
         for first, start, count in _padding(plan):
             tables.append(_PlannedTable((first,), 0, start))
@@ -116,11 +141,27 @@ class ModelRunner:
             positions += range(start, start + count)
         attend = cache.view(tables, counts)
         if len(rows) == len(tokens):  # mutate: equivalent (fewer array calls, the same logits)
-            return self._decode_step(tokens, positions, attend)  # [R, V]
+            return self._decode_step(tokens, positions, attend), []  # [R, V]
         ids, places = asarray_like([tokens, positions], cache.keys, "int64")  # [T], [T]
-        sampled_rows = asarray_like(rows, cache.keys, "int64")  # [R]
-        hidden = forward(self._weights, self._config, ids, places, attend, sampled_rows)  # [R, N]
-        return logits(self._weights, hidden) if rows else None
+        wanted = rows + [row for _, _, rows_of in scored for row in rows_of]
+        hidden_rows = asarray_like(wanted, cache.keys, "int64")  # [R + scored]
+        hidden = forward(self._weights, self._config, ids, places, attend, hidden_rows)
+        prompt_rows: list[PromptRows] = []
+        at = len(rows)
+        for sequence, start, rows_of in scored:
+            prompt_rows.append(PromptRows(sequence, start, hidden[at : at + len(rows_of)]))
+            at += len(rows_of)
+        if not rows:
+            return None, prompt_rows
+        return logits(self._weights, hidden[: len(rows)]), prompt_rows
+
+    def score_prompt(self, rows: PromptRows) -> list[TokenLogprobs]:
+        """The entries of the prompt tokens that follow the rows."""
+        request = rows.sequence.request
+        assert request.output.prompt_logprobs is not None
+        first = rows.start + 1
+        targets = request.prompt_ids[first : first + int(rows.hidden.shape[0])]
+        return prompt_logprobs(self._weights, rows.hidden, targets, request.output.prompt_logprobs)
 
 
 def _weight_parts(model: ModelLike) -> list[object]:
@@ -150,6 +191,7 @@ class SamplingInput:
     rows: slice  # of z
     q: Array | None = None  # q[drafts, V], if its drafts were sampled
     processors: LogitsProcessors | None = None  # None: they change nothing
+    num_logprobs: int | None = None  # None: none are wanted
     best: abc.Sequence[int] = ()  # argmax of each row, once sampled
     error: str | None = None  # why its request has failed
 
@@ -190,10 +232,12 @@ def sample_outcomes(
     inputs = _sampling_inputs(plan, sequences, requests, draft_q)
     healthy = [one for one in inputs if one.error is None]
     healthy, processed = compute_isolated(healthy, lambda some: process_inputs(z, some), "logits")
+    raw = z
     if processed is not None:
         z = processed
     sampled = dict(zip(map(id, healthy), sample_tokens(z, healthy), strict=True))
     outcomes = [_consume(one, sampled.get(id(one))) for one in inputs]
+    record_logprobs(raw, z, inputs, outcomes)
     searches: dict[abc.Hashable, list[int]] = {}  # request → places of its beams in ``inputs``
     for i, one in enumerate(inputs):
         if one.request.beam:
@@ -201,7 +245,7 @@ def sample_outcomes(
     for request_id, places in searches.items():
         search = requests[request_id].search
         assert search is not None
-        _advance_search(search, [inputs[i] for i in places], z, outcomes, places)
+        _advance_search(search, [inputs[i] for i in places], raw, z, outcomes, places)
     for one in inputs:
         if one.error is not None:
             failures.setdefault(one.request.request_id, one.error)
@@ -224,7 +268,7 @@ def _sampling_inputs(
         rows = slice(row, row + item.samples)
         row += item.samples
         q = draft_q.get(sequence.key) if sequence.drafts else None
-        one = SamplingInput(sequence, [], rows, q, state.processors)
+        one = SamplingInput(sequence, [], rows, q, state.processors, state.num_logprobs)
         try:
             one.states = state.continuation_states(sequence)
         except Exception as error:
@@ -241,7 +285,8 @@ def _consume(one: SamplingInput, continuations: list[list[int]] | None) -> Outco
         return FAILED
     try:
         pairs = zip(one.states, continuations, strict=True)
-        outcome = [state.consume(tokens) for state, tokens in pairs]
+        position = len(one.sequence.output)
+        outcome = [state.consume(tokens, position) for state, tokens in pairs]
     except Exception as error:
         one.fail("text", error)
         return FAILED
@@ -258,6 +303,7 @@ def _consume(one: SamplingInput, continuations: list[list[int]] | None) -> Outco
 def _advance_search(
     search: BeamSearch,
     beams: list[SamplingInput],
+    raw: Array,
     z: Array,
     outcomes: list[Outcome],
     places: list[int],
@@ -269,7 +315,7 @@ def _advance_search(
     if all(one.error is None for one in beams):
         rows = asarray_like([one.rows.start for one in beams], z, "int64")
         try:
-            decided = search.advance([one.sequence for one in beams], z[rows])
+            decided = search.advance([one.sequence for one in beams], z[rows], raw[rows])
         except Exception as error:
             beams[0].fail("beam search", error)
     for place, outcome in zip(places, decided, strict=True):
@@ -318,6 +364,31 @@ def sample_tokens(z: Array, inputs: abc.Sequence[SamplingInput]) -> list[list[li
         for i, continuations in zip(drawn, _draw(z, [inputs[i] for i in drawn]), strict=True):
             sampled[i] = continuations
     return sampled
+
+
+def record_logprobs(
+    raw: Array, z: Array, inputs: abc.Sequence[SamplingInput], outcomes: abc.Sequence[Outcome]
+) -> None:
+    """Keep the log-probabilities of the sampled tokens where they are wanted: of ``raw``
+    logits or of the processed z, [R, V] both. Searches keep their own.
+    """
+    scored = [
+        (one, outcome)
+        for one, outcome in zip(inputs, outcomes, strict=True)
+        if one.num_logprobs is not None and one.error is None and not one.request.beam
+    ]
+    for one, outcome in scored:
+        try:
+            if one.request.output.logprobs_mode == "raw_logprobs":
+                log_p = sampling.log_probabilities(raw[one.rows])
+            else:
+                log_p = processed_log_probabilities(z[one.rows], one.params)
+            assert one.num_logprobs is not None
+            for state, (tokens, _, _) in zip(one.states, outcome, strict=True):
+                entries = token_logprobs(log_p, range(len(tokens)), tokens, one.num_logprobs)
+                state.logprobs += entries
+        except Exception as error:
+            one.fail("logits", error)
 
 
 def _accepted_tokens(tokens: abc.Sequence[int], drafts: abc.Sequence[int]) -> list[int]:

@@ -16,22 +16,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from refllm.decode.completion import CompletionOutput
+from refllm.decode.logprobs import PromptLogprobs
 from refllm.kv.paged import PagedKVCache
 from refllm.serve.base_scheduler import BaseScheduler
 from refllm.serve.prefix_caching import RadixKVManager
 from refllm.serve.request import Request
-
-
-@dataclass(frozen=True)
-class CompletionOutput:
-    """One finished continuation of a request; ``score`` is that of a beam."""
-
-    index: int
-    tokens: list[int]
-    text: str
-    finish_reason: str
-    stop_reason: int | str | None = None
-    score: float | None = None
 
 
 @dataclass
@@ -44,6 +34,7 @@ class RequestOutput:
     outputs: list[CompletionOutput] = field(default_factory=list)
     preemptions: int = 0
     error: str | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
     @property
     def tokens(self) -> list[int]:

@@ -32,6 +32,7 @@ from collections import abc
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from refllm.decode.logprobs import TokenLogprobs
 from refllm.errors import InputError
 from refllm.serve.kv_manager import Copies
 from refllm.serve.request import Sequence
@@ -240,6 +241,8 @@ class SequenceUpdate:
     tokens: list[int]
     finish_reason: str | None = None  # None: more will come
     text: str = ""
+    # of each token, if the request asks for them
+    logprobs: list[TokenLogprobs] | None = None
     error: str | None = None  # what went wrong, if the reason is "error"
 
     def fail(self, error: str) -> None:
@@ -285,8 +288,8 @@ def check_outcomes(
         _check_outcome(sequence, outcome)
     for request_id, added in growth.items():
         sequences = active.get(request_id)
-        if sequences and len(sequences) + added > sequences[0].request.n:
-            n = sequences[0].request.n
+        if sequences and len(sequences) + added > sequences[0].request.num_sequences:
+            n = sequences[0].request.num_sequences
             raise InputError(f"request {request_id!r} has n = {n} sequences, not more")
 
 

@@ -55,6 +55,8 @@ class HashKVManager(PagedKVManager):
     def _find(self, sequence: Sequence) -> list[int]:
         """The cached blocks of the longest prefix. RequestFailure if the hasher raises."""
         keys = self._keys.setdefault(sequence, [])
+        if not reads_prefixes(sequence):
+            return []
         request = sequence.request
         try:
             return self.cache.match(sequence.tokens, salt=request.salt, keys=keys)
@@ -133,12 +135,12 @@ class RadixKVManager(PagedKVManager):
 
     def match(self, sequence: Sequence) -> int:
         """Tokens that the tree holds, the last one never: its logits must be computed."""
-        found = self.cache.match(sequence.tokens[:-1], salt=sequence.request.salt, record=False)
+        found = self.cache.match(_findable(sequence), salt=sequence.request.salt, record=False)
         return len(found)
 
     def admit(self, sequence: Sequence, count: int, *, alone: bool) -> bool:
         """Take the tree's blocks, and free ones for the next ``count`` tokens."""
-        tokens = sequence.tokens[:-1]
+        tokens = _findable(sequence)
         b = self.block_size
         found = self.cache.match(tokens, salt=sequence.request.salt, record=False)
         # locked first: what was found must not be evicted to make room
@@ -244,6 +246,18 @@ class RadixKVManager(PagedKVManager):
             assert node.locks > 0
             first = self._tables[sequence].blocks[: length // b]
             assert first == _pages(_path_slots(node), b)
+
+
+def reads_prefixes(sequence: Sequence) -> bool:
+    """Whether a sequence may begin with cached tokens. Log-probabilities of a prompt need the
+    logits of each of its tokens, so all of them are computed, as in vLLM.
+    """
+    return sequence.request.output.prompt_logprobs is None
+
+
+def _findable(sequence: Sequence) -> list[int]:
+    """The tokens that may be taken from the tree: never the last one, which gives logits."""
+    return sequence.tokens[:-1] if reads_prefixes(sequence) else []
 
 
 def _pages(slots: list[int], page: int) -> list[int]:

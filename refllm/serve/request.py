@@ -27,13 +27,17 @@ from math import inf
 from numbers import Integral, Real
 from typing import Any, TypeGuard, Unpack
 
-from refllm.decode.sampling_params import (
-    GREEDY,
-    SamplingOptions,
-    SamplingParams,
-    sampling_params,
+from refllm.decode.output_params import (
+    GenerateOptions,
+    OutputParams,
+    check_min_tokens,
+    split_options,
 )
+from refllm.decode.sampling_params import GREEDY, SamplingParams
 from refllm.errors import InputError
+
+# token ids, text, or the messages of a chat
+Prompt = abc.Sequence[int] | str | abc.Sequence[abc.Mapping[str, Any]]
 
 
 @dataclass(frozen=True, init=False)
@@ -42,11 +46,16 @@ class Request:
 
     ``prompt`` may be a ``range`` where only lengths matter. ``max_tokens`` 0 is allowed: the
     request finishes at once, without output. ``sampling`` (default: greedy) says how tokens
-    are chosen; ``temperature``, ``top_k``, ``top_p``, ``min_p`` and ``repetition_penalty`` are
-    a shorthand for it. The ``n`` continuations of a prompt share its cache blocks; with
+    are chosen, ``output`` where the output ends and which log-probabilities come with it; the
+    fields of both, such as ``temperature`` and ``stop``, are a shorthand as keywords. The
+    ``prompt`` is token ids, text, or the messages of a chat; text and messages are encoded by
+    the engine, which keeps the last ``truncate_prompt_tokens`` tokens (-1: as many as the
+    model has positions). The ``n`` continuations of a prompt share its cache blocks; with
     ``beam`` they are the beams of one search, ranked by the sum of their log-probabilities
     divided by length ** ``length_penalty``. A lower ``priority`` is served first. ``arrival``
-    is in seconds. Requests with different ``salt`` never share cached prefixes.
+    is in seconds. ``best_of`` continuations are generated, and the ``n`` of the highest Σ log p
+    returned. After ``timeout`` seconds the request ends with what it has. Requests with
+    different ``salt`` never share cached prefixes.
 
     >>> request = Request([5, 9, 2], max_tokens=8)
     >>> request.max_cached_tokens  # the last token of the output is never computed
@@ -58,91 +67,122 @@ class Request:
     refllm.errors.InputError: request None: top_p must be within (0, 1], got 0.0
     """
 
-    prompt: abc.Sequence[int]
+    prompt: Prompt
     max_tokens: int
     request_id: abc.Hashable  # None: the engine or the scheduler assigns one
     sampling: SamplingParams
+    output: OutputParams
     seed: int | None
-    stop: tuple[str, ...]
-    ignore_eos: bool
     n: int
+    best_of: int | None
     beam: bool
     length_penalty: float
     priority: int
     arrival: float
+    timeout: float | None
+    truncate_prompt_tokens: int | None
     salt: str | None
 
     def __init__(
         self,
-        prompt: abc.Sequence[int],
+        prompt: Prompt,
         max_tokens: int = 16,
         request_id: abc.Hashable = None,
         *,
         sampling: SamplingParams | None = None,
+        output: OutputParams | None = None,
         seed: int | None = None,
-        stop: str | abc.Sequence[str] | None = (),
-        ignore_eos: bool = False,
         n: int = 1,
+        best_of: int | None = None,
         beam: bool = False,
         length_penalty: float = 1.0,
         priority: int = 0,
         arrival: float = 0.0,
+        timeout: float | None = None,
+        truncate_prompt_tokens: int | None = None,
         salt: str | None = None,
-        **shorthand: Unpack[SamplingOptions],
+        **shorthand: Unpack[GenerateOptions],
     ):
         # written by hand for the shorthand's sake; past __setattr__, which frozen forbids
         vars(self).update(
-            prompt=_token_ids(prompt),
+            prompt=_checked_prompt(prompt),
             max_tokens=max_tokens,
             request_id=request_id,
             sampling=GREEDY if sampling is None else sampling,
+            output=_DEFAULT_OUTPUT if output is None else output,
             seed=seed,
-            stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
-            ignore_eos=bool(ignore_eos),
             n=n,
+            best_of=best_of,
             beam=bool(beam),
             length_penalty=length_penalty,
             priority=priority,
             arrival=arrival,
+            timeout=timeout,
+            truncate_prompt_tokens=truncate_prompt_tokens,
             salt=salt,
         )
-        if shorthand:
-            vars(self).update(sampling=self._from_shorthand(sampling, shorthand))
-        self._check()
-
-    def _from_shorthand(
-        self, sampling: SamplingParams | None, shorthand: SamplingOptions
-    ) -> SamplingParams:
-        """The settings of the shorthand; ValueError if ``sampling`` was given, too."""
         try:
-            return sampling_params(sampling, shorthand)
-        except ValueError as error:
+            if shorthand:
+                sampling, output = split_options(sampling, output, shorthand)
+                vars(self).update(sampling=sampling, output=output)
+            self._check()
+        except InputError as error:
             raise InputError(f"request {self.request_id!r}: {error}") from None
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """The stop strings."""
+        return self.output.stop  # type: ignore[return-value]  # a tuple since it was checked
+
+    @property
+    def ignore_eos(self) -> bool:
+        """Whether the model's end tokens do not end the output."""
+        return self.output.ignore_eos
+
+    @property
+    def num_sequences(self) -> int:
+        """Continuations that are generated: n, or ``best_of``."""
+        return self.best_of or self.n
+
+    @property
+    def prompt_ids(self) -> abc.Sequence[int]:
+        """The prompt as token ids; ValueError for text and messages that are not encoded."""
+        if self.is_encoded:
+            return self.prompt  # type: ignore[return-value]
+        raise InputError(
+            f"request {self.request_id!r}: its prompt is no token ids yet: an Engine encodes it"
+        )
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether the prompt is token ids, and not text or messages."""
+        return not isinstance(self.prompt, str) and not isinstance(self.prompt[0], abc.Mapping)
 
     def _check(self) -> None:
         """ValueError for a field that makes no sense."""
         for name, (allows, rule) in _RULES.items():
             value = getattr(self, name)
             if not allows(value):
-                raise InputError(
-                    f"request {self.request_id!r}: {name} must be {rule}, got {value!r}"
-                )
+                raise InputError(f"{name} must be {rule}, got {value!r}")
             if name in _PLAIN and value is not None:
                 vars(self)[name] = _PLAIN[name](value)
         if not self.prompt:
+            raise InputError("the prompt is empty: a model needs a token to continue")
+        if self.best_of is not None and (self.beam or self.best_of < self.n):
             raise InputError(
-                f"request {self.request_id!r}: the prompt is empty: "
-                "a model needs a token to continue"
+                f"best_of must be at least n, {self.n}, and None for a beam search, "
+                f"got {self.best_of}"
             )
+        check_min_tokens(self.output, self.max_tokens)
         try:
             hash(self.request_id)
         except Exception as error:
-            raise InputError(f"a request's id must be hashable, got {self.request_id!r}") from error
+            raise InputError(f"its id must be hashable, got {type(self.request_id)}") from error
 
     @property
     def max_cached_tokens(self) -> int:
         """The most tokens of one sequence whose keys and values are ever cached."""
-        return len(self.prompt) + max(0, self.max_tokens - 1)
+        return len(self.prompt_ids) + max(0, self.max_tokens - 1)
 
 
 def _is_integer(x: object) -> TypeGuard[int]:
@@ -158,18 +198,23 @@ def _is_finite(x: object) -> TypeGuard[float]:
         return False
 
 
-def _are_nonempty_strings(x: object) -> bool:
-    return isinstance(x, tuple) and all(isinstance(s, str) and s for s in x)
-
-
 # Which values a field may take, as a predicate and in words; ``decode.sampling_params`` has the
 # rules of ``sampling``.
 _RULES: dict[str, tuple[abc.Callable[[object], bool], str]] = {
     "max_tokens": (lambda x: _is_integer(x) and x >= 0, "an integer, 0 or more"),
     "sampling": (lambda x: isinstance(x, SamplingParams), "a SamplingParams(…)"),
     "seed": (lambda x: x is None or (_is_integer(x) and x >= 0), "None or an integer, 0 or more"),
-    "stop": (_are_nonempty_strings, "strings that are not empty"),
+    "output": (lambda x: isinstance(x, OutputParams), "an OutputParams(…)"),
     "n": (lambda x: _is_integer(x) and x >= 1, "an integer, 1 or more"),
+    "best_of": (
+        lambda x: x is None or (_is_integer(x) and x >= 1),
+        "None or an integer, n or more",
+    ),
+    "timeout": (lambda x: x is None or (_is_finite(x) and x >= 0), "None or seconds, 0 or more"),
+    "truncate_prompt_tokens": (
+        lambda x: x is None or (_is_integer(x) and (x >= 1 or x == -1)),
+        "None, 1 or more, or -1 for the model's positions",
+    ),
     "length_penalty": (_is_finite, "a finite number"),
     "priority": (_is_integer, "an integer, lower first"),
     "arrival": (lambda x: _is_finite(x) and x >= 0, "seconds, 0 or more"),
@@ -181,13 +226,29 @@ _RULES: dict[str, tuple[abc.Callable[[object], bool], str]] = {
 _PLAIN: dict[str, abc.Callable[[Any], object]] = {
     "max_tokens": int,
     "seed": int,
-    "stop": lambda stops: tuple(str.__str__(stop) for stop in stops),
+    "best_of": int,
+    "timeout": float,
+    "truncate_prompt_tokens": int,
     "n": int,
     "length_penalty": float,
     "priority": int,
     "arrival": float,
     "salt": str.__str__,
 }
+
+
+_DEFAULT_OUTPUT = OutputParams()
+
+
+def _checked_prompt(prompt: object) -> Prompt:
+    """Text, messages as a tuple of dictionaries, or token ids; ValueError for anything else."""
+    if isinstance(prompt, str):
+        return str.__str__(prompt)
+    if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], abc.Mapping):
+        if not all(isinstance(message, abc.Mapping) for message in prompt):
+            raise InputError("prompt must be messages alone, token ids or text")
+        return tuple(dict(message) for message in prompt)
+    return _token_ids(prompt)
 
 
 def _token_ids(prompt: object) -> abc.Sequence[int]:
@@ -198,9 +259,7 @@ def _token_ids(prompt: object) -> abc.Sequence[int]:
         return prompt
     ids: object = prompt.tolist() if hasattr(prompt, "tolist") else prompt  # arrays of the host
     if isinstance(ids, (str, bytes)) or not isinstance(ids, abc.Iterable):
-        raise InputError(
-            f"prompt must be token ids, got {type(prompt).__name__}: tokenise text first"
-        )
+        raise InputError(f"prompt must be token ids, text or messages, got {type(prompt).__name__}")
     tokens = tuple(ids)
     for position, token in enumerate(tokens):
         if not _is_integer(token) or token < 0:
@@ -240,11 +299,11 @@ class Sequence:
         self.index = index
         self.order = order
         self.key: tuple[abc.Hashable, int] = (request.request_id, index)  # its name in plans
-        self.tokens = list(request.prompt)
+        self.tokens = list(request.prompt_ids)
         self.drafts: list[int] = []
         self.computed = 0
         # Sequence slots that it takes: sequence 0 forks into n once its prompt is computed.
-        self.slots = request.n if index == 0 else 1
+        self.slots = request.num_sequences if index == 0 else 1
         self.status = SequenceStatus.WAITING
         # Why it finished: "length", "abort", "dropped", or what the engine gave.
         self.finish_reason: str | None = None

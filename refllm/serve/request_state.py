@@ -9,8 +9,6 @@ or on drafts.
 |-------------------------|--------------------------------------------------------|
 | i = 0                   | the request's seed, as ``Model.generate(…, rng=seed)`` |
 | i > 0                   | (seed, i)                                              |
-
-Left out: log-probabilities of the chosen tokens.
 """
 
 from __future__ import annotations
@@ -20,13 +18,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from refllm.decode.logits_processors import LogitsProcessors, with_token_ids
+from refllm.decode.completion import CompletionOutput
+from refllm.decode.logprobs import TokenLogprobs
+from refllm.decode.output_params import OutputRules, StopTokens, output_rules
 from refllm.decode.speculative.interface import Drafter, ModelLike
 from refllm.errors import InputError
 from refllm.model.config import ModelConfig
 from refllm.serve.beam_search import BeamSearch
 from refllm.serve.detokenizer import Detokenizer
-from refllm.serve.outputs import CompletionOutput, RequestOutput
+from refllm.serve.outputs import RequestOutput
 from refllm.serve.plan import SampledTokens, SequenceUpdate
 from refllm.serve.request import Request, Sequence
 
@@ -35,7 +35,7 @@ Callback = abc.Callable[[SequenceUpdate], object]
 
 def validate_request(request: Request, config: ModelConfig) -> None:
     """ValueError if a model of this configuration can never serve the request."""
-    prompt = request.prompt
+    prompt = request.prompt_ids
     vocabulary = config.vocab_size
     context = config.max_position_embeddings
     largest = max(prompt)
@@ -50,21 +50,22 @@ def validate_request(request: Request, config: ModelConfig) -> None:
             f"{len(prompt)} prompt tokens plus max_tokens {request.max_tokens} exceed the model's "
             f"{context} positions: shorten one of them"
         )
-    elif request.beam and (request.sampling.temperature or request.stop):
-        reason = "a beam search neither samples nor stops at strings: leave both out"
+    elif request.beam and request.sampling.temperature:
+        reason = "a beam search does not sample: leave the temperature out"
     elif request.beam and request.n > vocabulary - len(config.eos_token_ids):
         reason = f"{request.n} beams need as many first tokens, of {vocabulary}"
     if reason is not None:
         raise InputError(f"request {request.request_id!r}: {reason}")
 
 
-def logits_processors(request: Request, model: ModelLike) -> LogitsProcessors | None:
-    """What changes the request's logits; None if nothing does. ValueError for a token outside
-    the vocabulary, or a bad word without tokens.
+def rules_of(request: Request, model: ModelLike) -> OutputRules:
+    """What ends the request's outputs, and what changes their logits; ValueError names the
+    request.
     """
-    processors = LogitsProcessors(with_token_ids(request.sampling, model.tokenizer))
-    processors.check_vocabulary(model.config.vocab_size)
-    return processors if processors.active else None
+    try:
+        return output_rules(request.output, request.sampling, model)
+    except InputError as error:
+        raise InputError(f"request {request.request_id!r}: {error}") from None
 
 
 class SequenceState:
@@ -75,12 +76,15 @@ class SequenceState:
         request: Request,
         index: int,
         seed: int,
-        end_tokens: frozenset[int],
+        stops: StopTokens,
         detokenizer: Detokenizer | None,
         drafter: Drafter | None,
     ):
         self.request = request
-        self.end_tokens = end_tokens
+        self.stops = stops
+        self.logprobs: list[TokenLogprobs] = []  # of the output, if the request asks for them
+        self.ended_by: int | None = None  # the end or stop token that ended the output
+        self._ending = stops.tokens
         self.detokenizer = detokenizer
         self.drafter = drafter
         self.rng = np.random.default_rng(seed if index == 0 else [seed, index])
@@ -92,18 +96,32 @@ class SequenceState:
             self._uniforms.append(self.rng.random())
         return self._uniforms[position]
 
-    def consume(self, tokens: abc.Sequence[int]) -> SampledTokens:
-        """The next tokens up to an end token, or to the one that completes a stop string."""
-        if self.detokenizer is None and self.end_tokens.isdisjoint(tokens):
+    def consume(self, tokens: abc.Sequence[int], position: int) -> SampledTokens:
+        """The next tokens, after ``position`` tokens of output, up to an end or stop token, or
+        to the one that completes a stop string.
+        """
+        if self.detokenizer is None and self._ending.isdisjoint(tokens):
             return SampledTokens(tokens)
         for count, token in enumerate(tokens, 1):
-            if token in self.end_tokens:
-                return SampledTokens(tokens[:count], "stop")
+            if self.stops.ends(token, position + count):
+                return SampledTokens(tokens[:count], "stop", self._end(token))
             if self.detokenizer is not None:
                 self.detokenizer.push(token)
                 if self.detokenizer.stopped:
                     return SampledTokens(tokens[:count], "stop", self.detokenizer.matched)
         return SampledTokens(tokens)
+
+    def _end(self, token: int) -> int | str | None:
+        """The output ends with an end or stop token: returns the ``stop_reason``."""
+        self.ended_by = token
+        if self.detokenizer is not None:
+            self.detokenizer.flush()
+            if self.detokenizer.stopped:
+                # held back in case a longer stop string had begun before it
+                return self.detokenizer.matched
+            if self.request.output.include_stop_str_in_output:
+                self.detokenizer.append_end(token)
+        return self.stops.reason(token)
 
     def take_text(self, finished: bool) -> str:
         """The text that is new since the last call; all that is left if the sequence has
@@ -117,6 +135,8 @@ class SequenceState:
 
     def roll_back(self, output: abc.Sequence[int]) -> None:
         """Discard what was consumed after ``output``: the step failed."""
+        self.ended_by = None
+        del self.logprobs[len(output) :]
         if self.detokenizer is not None:
             self.detokenizer.restart(output)
 
@@ -130,19 +150,26 @@ class RequestState:
         callback: Callback | None,
         model: ModelLike,
         make_drafter: abc.Callable[[], Drafter] | None = None,
-        processors: LogitsProcessors | None = None,
+        rules: OutputRules | None = None,
     ):
-        """``processors`` are those of ``logits_processors``."""
+        """``rules`` are those of ``rules_of``, computed here if they are missing."""
         self.request = request
         self.callback = callback
         self.seed = request.seed or 0  # the engine draws one for a request that has none
         self.tokenizer = model.tokenizer
-        self.end_tokens: frozenset[int] = frozenset()
-        if not request.ignore_eos:
-            self.end_tokens = frozenset(model.config.eos_token_ids)
-        self.processors = processors
-        self.search = BeamSearch(request, self.end_tokens) if request.beam else None
+        self.stops, processors = rules or rules_of(request, model)
+        self.processors = processors if processors.active else None
+        self.search: BeamSearch | None = None
+        if request.beam:
+            detokenizer = Detokenizer(self.tokenizer, request.output) if request.stop else None
+            self.search = BeamSearch(request, self.stops, detokenizer)
+        # log-probabilities of the outputs: how many tokens beside the sampled one, or None
+        self.num_logprobs = request.output.logprobs
+        if self.num_logprobs is None and request.num_sequences > request.n:
+            self.num_logprobs = 0  # best_of ranks by them
         self.output = RequestOutput(request)
+        if request.output.prompt_logprobs is not None:
+            self.output.prompt_logprobs = [None]
         self._make_drafter = make_drafter
         self._sequences: dict[int, SequenceState] = {}
 
@@ -154,11 +181,9 @@ class RequestState:
             streams = self.callback is not None and self.search is None
             streams = streams and self.tokenizer.available
             if streams or self.request.stop:
-                detokenizer = Detokenizer(self.tokenizer, self.request.stop)
+                detokenizer = Detokenizer(self.tokenizer, self.request.output)
             drafter = None if self._make_drafter is None else self._make_drafter()
-            state = SequenceState(
-                self.request, index, self.seed, self.end_tokens, detokenizer, drafter
-            )
+            state = SequenceState(self.request, index, self.seed, self.stops, detokenizer, drafter)
             self._sequences[index] = state
         return state
 
@@ -183,16 +208,24 @@ class RequestState:
         sequence = update.sequence
         if self.output.error is None:
             self.output.error = update.error
-        if update.finish_reason in ("abort", "error"):
+        if update.finish_reason in ("abort", "error", "timeout"):
             self._record_cut_off(update)
             return
         state = self.sequence_state(sequence.index)
         update.text = state.take_text(finished=update.finish_reason is not None)
+        if self.request.output.logprobs is not None:
+            last = len(sequence.output)
+            update.logprobs = state.logprobs[last - len(update.tokens) : last]
         if update.finish_reason is None:
             return
+        if update.finish_reason == "length" and state.detokenizer and state.detokenizer.stopped:
+            # the last text that was held back completes a stop string
+            update.finish_reason = "stop"
+            sequence.finish("stop", state.detokenizer.matched)
         # the text of a detokenizer ends before a stop string
         text = None if state.detokenizer is None else state.detokenizer.text
-        self._add_output(sequence, text)
+        ended_by = state.ended_by if update.finish_reason == "stop" else None
+        self._add_output(sequence, text, ended_by, self._logprobs(sequence))
         self.output.preemptions += sequence.preemptions
 
     def _record_cut_off(self, update: SequenceUpdate) -> None:
@@ -210,12 +243,19 @@ class RequestState:
             text = published
         if state is not None and state.detokenizer is not None:
             update.text = text[len(published) :]
-        self._add_output(sequence, text)
+        self._add_output(sequence, text, None, self._logprobs(sequence))
         self.output.preemptions += sequence.preemptions
+
+    def _logprobs(self, sequence: Sequence) -> list[TokenLogprobs] | None:
+        """The log-probabilities of a sequence's output; None if they are not asked for."""
+        if self.num_logprobs is None or self.search is not None:
+            return None
+        state = self._sequences.get(sequence.index)
+        return [] if state is None else state.logprobs[: len(sequence.output)]
 
     def _decode(self, tokens: abc.Sequence[int]) -> str:
         """The text of an output, up to a stop string."""
-        detokenizer = Detokenizer(self.tokenizer, self.request.stop)
+        detokenizer = Detokenizer(self.tokenizer, self.request.output)
         for token in tokens:
             detokenizer.push(token)
         detokenizer.flush()
@@ -234,26 +274,66 @@ class RequestState:
         """
         assert self.search is not None
         updates = []
-        for rank, (score, tokens, finish_reason) in enumerate(self.search.best):
+        for rank, one in enumerate(self.search.best):
             found = Sequence(self.request, rank, dropped[0].order)
-            found.tokens += tokens
-            found.finish(finish_reason)
-            text = self._add_output(found, None, score)
-            updates.append(SequenceUpdate(found, tokens, finish_reason, text))
+            found.tokens += one.tokens
+            found.finish(one.finish_reason, one.stop_reason)
+            logprobs = None if self.num_logprobs is None else one.logprobs
+            text = self._add_output(found, one.text, one.ended_by, logprobs, one.score)
+            update = SequenceUpdate(found, one.tokens, one.finish_reason, text, logprobs)
+            updates.append(update)
         return updates
 
-    def _add_output(self, sequence: Sequence, text: str | None, score: float | None = None) -> str:
-        """Keep the output of a finished sequence, without its end token; returns its text."""
+    def _add_output(
+        self,
+        sequence: Sequence,
+        text: str | None,
+        ended_by: int | None,
+        logprobs: list[TokenLogprobs] | None,
+        score: float | None = None,
+    ) -> str:
+        """Keep the output of a finished sequence, as a rule without the token that it
+        ``ended_by``; returns its text.
+        """
         tokens = sequence.output
         assert sequence.finish_reason is not None
-        if sequence.finish_reason == "stop" and not isinstance(sequence.stop_reason, str):
+        if ended_by is not None and not self.request.output.include_stop_str_in_output:
             tokens = tokens[:-1]
         if text is None and self.tokenizer.available:
             text = self.tokenizer.decode(tokens)
         text = text or ""  # ids alone
         self.output.outputs.append(
             CompletionOutput(
-                sequence.index, tokens, text, sequence.finish_reason, sequence.stop_reason, score
+                sequence.index,
+                tokens,
+                text,
+                sequence.finish_reason,
+                sequence.stop_reason,
+                score,
+                logprobs,
             )
         )
         return text
+
+    def add_prompt_logprobs(self, start: int, entries: list[TokenLogprobs]) -> None:
+        """Keep the entries of prompt tokens after position ``start``; those that are known
+        already were computed before a preemption.
+        """
+        known = self.output.prompt_logprobs
+        assert known is not None
+        assert len(known) > start, "a part of the prompt was not computed"
+        known += entries[len(known) - start - 1 :]
+
+    def best_outputs(self) -> list[CompletionOutput]:
+        """The outputs in their order; of ``best_of`` the n of the highest Σ log p, the best
+        first.
+        """
+        outputs = sorted(self.output.outputs, key=lambda one: one.index)
+        if self.request.num_sequences == self.request.n:
+            return outputs
+        outputs.sort(key=lambda one: -(one.cumulative_logprob or 0.0))
+        keeps = self.request.output.logprobs is not None
+        return [
+            replace(one, index=i, logprobs=one.logprobs if keeps else None)
+            for i, one in enumerate(outputs[: self.request.n])
+        ]

@@ -238,7 +238,7 @@ class Simulator:
             return 1
         if budget is not None and len(running) > budget:
             return 1
-        if any(s.computed != len(s.tokens) - 1 or s.request.n > 1 for s in running):
+        if any(s.computed != len(s.tokens) - 1 or s.request.num_sequences > 1 for s in running):
             return 1
         most = min(sequence.remaining for sequence in running)
         block_size = self.memory.block_size

@@ -19,6 +19,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from refllm.decode.output_params import StopTokens
 from refllm.decode.sampling import log_probabilities
 from refllm.serve.beam_search import BeamSearch, Hypothesis, log_loss, normalised_score
 from refllm.serve.engine import Engine
@@ -92,7 +93,7 @@ def drive(
     """(the n best of the search, its steps), its beams kept as the scheduler keeps them:
     forks run last.
     """
-    search = BeamSearch(request, ends)
+    search = BeamSearch(request, StopTokens(frozenset(ends)))
     beams = [Sequence(request, 0, 0)]
     indices = count(1)
     steps = 0

@@ -22,7 +22,7 @@ from refllm.serve.adaptive_drafts import AdaptiveDrafting
 from refllm.serve.engine import Engine
 from refllm.serve.plan import SequenceUpdate
 from refllm.serve.request import Request
-from serving import TOLERANCE, alone, served_model, without_end
+from serving import TOLERANCE, alone, ends_of, last_logits, served_model, without_end
 from tiny_models import tiny_model
 
 PROMPTS = [
@@ -50,10 +50,22 @@ def some_request(rng: random.Random, name: int) -> Request:
         }
     if rng.random() < 0.3:
         sampling["repetition_penalty"] = 1.3
+    if rng.random() < 0.3:
+        sampling |= {"presence_penalty": 0.4, "frequency_penalty": 0.2}
+    if rng.random() < 0.2:
+        sampling |= {"logit_bias": {5: 4.0, 7: -1.0}, "bad_words": [(9,), (60, 61)]}
+    if rng.random() < 0.2:
+        sampling["logits_processors"] = [lambda output, z: z * (1 + len(output) % 2)]
+    longest = rng.randint(1, 9)
+    sampling["min_tokens"] = rng.choice([0, 0, rng.randint(0, longest)])
+    sampling["stop_token_ids"] = rng.choice([(), (), (7, 8, 9, 11)])
+    sampling["include_stop_str_in_output"] = rng.random() < 0.3
+    sampling["logprobs"] = rng.choice([None, 0, 2])
+    sampling["prompt_logprobs"] = rng.choice([None, None, 1])
     n = rng.choice([1, 1, 1, 3])
     return Request(
         prompt,
-        rng.randint(1, 9),
+        longest,
         request_id=name,
         n=n,
         ignore_eos=rng.random() < 0.5,
@@ -84,6 +96,40 @@ def some_engine(rng: random.Random, **options: Any) -> Engine:
         longest=30,
         **options,
     )
+
+
+def check_logprobs(request: Request, expected: list[int], found: Any) -> None:
+    """Each token that was sampled, and the best, as log_softmax of a full forward has them."""
+    k = request.output.logprobs
+    if k is None:
+        assert found is None
+        return
+    assert len(found) == len(expected)
+    for i, (token, entry) in enumerate(zip(expected, found, strict=True)):
+        check_entry(entry, token, (*request.prompt, *expected[:i]), k)
+
+
+def check_prompt_logprobs(request: Request, found: Any) -> None:
+    """The same of each token of the prompt but the first."""
+    k = request.output.prompt_logprobs
+    if k is None:
+        assert found is None
+        return
+    assert found[0] is None
+    assert len(found) == len(request.prompt)
+    for i, entry in enumerate(found[1:], 1):
+        check_entry(entry, request.prompt[i], tuple(request.prompt[:i]), k)
+
+
+def check_entry(entry: Any, token: int, before: tuple[int, ...], k: int) -> None:
+    z = last_logits(before)
+    log_p = z - z.max() - np.log(np.exp(z - z.max()).sum())
+    best = np.argsort(-log_p, kind="stable")[:k].tolist()
+    assert next(iter(entry)) == token
+    assert set(entry) == {token, *best}
+    for t, one in entry.items():
+        assert abs(one.logprob - log_p[t]) <= 1e-12
+        assert one.rank == 1 + int((log_p > log_p[t] + 1e-12).sum())
 
 
 def holds(engine: Engine, request: Request) -> bool:
@@ -119,8 +165,13 @@ def test_invariance_tokens_depend_on_the_request_alone():
                     "rounding could decide a token: the comparison would be void"
                 )
                 assert output.tokens == without_end(expected, request), (seed, request)
-                ended = expected[-1:] == [5] and not request.ignore_eos
+                ended = expected and expected[-1] in ends_of(request)
                 assert output.finish_reason == ("stop" if ended else "length")
+                stop_token = ended and (expected[-1] != 5 or request.ignore_eos)
+                assert output.stop_reason == (expected[-1] if stop_token else None)
+                check_logprobs(request, expected, output.logprobs)
+                seen.update(scored=output.logprobs is not None, stopped=bool(stop_token))
+            check_prompt_logprobs(request, results[request.request_id].prompt_logprobs)
         assert engine.used_blocks == 0
         seen.update(
             preempted=engine.preemptions,
@@ -130,7 +181,17 @@ def test_invariance_tokens_depend_on_the_request_alone():
             resumed=engine.scheduler.resumed_cached,
         )
     assert all(
-        seen[what] for what in ("chunked", "preempted", "hits", "copied", "drafted", "resumed")
+        seen[what]
+        for what in (
+            "chunked",
+            "preempted",
+            "hits",
+            "copied",
+            "drafted",
+            "resumed",
+            "scored",
+            "stopped",
+        )
     ), seen
 
 
@@ -220,8 +281,9 @@ def assert_serves_on(engine: Engine) -> None:
         (lambda: Request([1], -1), "max_tokens"),
         (lambda: Request([1], 5, request_id="first"), "'first' is being served"),
         (lambda: Request([1], 5, n=200), "200 sequences, and at most 128"),
-        (lambda: Request([1], 5, n=2, beam=True, temperature=1.0), "beam search neither samples"),
-        (lambda: Request([1], 5, n=2, beam=True, stop="x"), "beam search neither samples"),
+        (lambda: Request([1], 5, n=2, beam=True, temperature=1.0), "beam search does not sample"),
+        (lambda: Request([1], 5, bad_words=[(257,)]), "bad_words: token 257 is outside"),
+        (lambda: Request([1], 5, stop_token_ids=[300]), "stop_token_ids: token 300 is outside"),
         (lambda: Request([1], 5, stop=""), "stop must be"),
     ],
 )

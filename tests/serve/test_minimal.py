@@ -134,7 +134,7 @@ def test_requests_that_come_later_get_names_of_their_own():
         ([257], 1, "outside the vocabulary of 257"),
         ([7] * 90, 7, "exceed the model's 96 positions"),
         ([7], 2.5, "max_tokens must be an integer"),
-        ("ab", 1, "tokenise text first"),
+        ("ab", 1, "no token ids yet"),
     ],
 )
 def test_what_can_never_be_served_is_rejected(prompt, max_tokens, message):

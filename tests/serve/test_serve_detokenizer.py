@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import pytest
 
+from refllm.decode.output_params import OutputParams
 from refllm.serve.detokenizer import Detokenizer
 from serving import served_model
 
@@ -13,7 +14,7 @@ TOKENIZER = served_model().tokenizer  # one token per byte
 
 
 def pushed(text: str, *stop: str) -> Detokenizer:
-    detokenizer = Detokenizer(TOKENIZER, stop)
+    detokenizer = Detokenizer(TOKENIZER, OutputParams(stop=stop))
     for token in TOKENIZER.encode(text):
         detokenizer.push(token)
     return detokenizer
