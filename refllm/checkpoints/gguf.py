@@ -12,7 +12,7 @@
 A tensor is copied out of the mapped file when it is looked up, so the file may be closed or
 changed afterwards.
 
-Left out: files in several parts, adapters, experts.
+Left out: adapters, experts.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ from refllm.checkpoints.weight_storage import Decoded, StoredTensor, choose
 from refllm.formats.gguf.codec import dequantize
 from refllm.formats.gguf.interleaved import InterleavedLinear
 from refllm.formats.gguf.linear import GGUFLinear
+from refllm.formats.gguf.parts import open_gguf
 from refllm.formats.gguf.reader import GGUFError, GGUFFile
 from refllm.model.config import ModelConfig
 from refllm.model.llama import Weights, build
@@ -58,19 +59,15 @@ __all__ = ["GGUFTensors", "load", "open_file"]
 
 
 def open_file(path: str | Path) -> GGUFFile:
-    """Open a GGUF file; CheckpointError if it is not one, or one of several parts."""
+    """Open a GGUF file, with all of its parts where it has several; CheckpointError if it is
+    none, or parts are missing.
+    """
     try:
-        file = GGUFFile(path)
+        return open_gguf(path)
     except GGUFError as error:
         raise CheckpointError(str(error)) from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    parts = file.metadata.get("split.count", 1)
-    if not isinstance(parts, np.integer | int) or int(parts) > 1:
-        raise CheckpointError(
-            f"{path} is one of several parts; join them with llama-gguf-split --merge first"
-        )
-    return file
 
 
 def load(

@@ -591,7 +591,7 @@ def edited(f32, path, *, metadata=None, drop=(), rename=None, spoil=None):
         ),
         ({"metadata": {"llama.rope.scaling.type": "su"}}, "RoPE scaling 'su' is not supported"),
         ({"metadata": {"llama.expert_count": np.uint32(8)}}, "experts are not computed here"),
-        ({"metadata": {"split.count": np.uint16(2)}}, "is one of several parts"),
+        ({"metadata": {"split.count": np.uint16(2)}}, "the entry split.no is None, not an integer"),
         ({"drop": ("blk.1.ffn_up.weight",)}, "'model.layers.1.mlp.up_proj.weight' is missing"),
         ({"rename": {"blk.1.ffn_up.weight": "blk.1.ffn_upp.weight"}}, "is missing"),
         ({"spoil": ("blk.1.ffn_up.weight",)}, "NaN or infinite"),

@@ -19,12 +19,14 @@ elaborate on.
 | interleaved       | the same with rows interleaved: five times faster on a CPU   |
 | mixes             | which type each tensor gets in Q4_K_M and its siblings       |
 | reader, writer    | the files                                                    |
+| parts             | a file in several parts, opened as one                       |
 """
 
 from refllm.formats.gguf.codec import dequantize, quantize
 from refllm.formats.gguf.interleaved import InterleavedLinear
 from refllm.formats.gguf.linear import GGUFLinear
 from refllm.formats.gguf.mixes import MIXES, mix
+from refllm.formats.gguf.parts import open_gguf
 from refllm.formats.gguf.reader import GGUFError, GGUFFile
 from refllm.formats.gguf.types import TYPES, GGUFType, gguf_type, row_bytes
 from refllm.formats.gguf.writer import write
@@ -40,6 +42,7 @@ __all__ = [
     "dequantize",
     "gguf_type",
     "mix",
+    "open_gguf",
     "quantize",
     "row_bytes",
     "write",

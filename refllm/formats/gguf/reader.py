@@ -22,7 +22,8 @@ lists.
 Source: the GGUF specification; what llama.cpp's reader rejects is rejected (gaps, duplicate
 names, nested arrays).
 
-Left out: big-endian files, version 1, files in several parts, types without a codec here.
+Left out: big-endian files, version 1, types without a codec here; ``parts`` opens files in
+several parts.
 """
 
 from __future__ import annotations
