@@ -92,7 +92,7 @@ def evaluate(
     from refllm.corpus import held_out_documents
     from refllm.kv.kivi_attend import KiviAttend
     from refllm.measure import comparison, perplexity
-    from refllm.measure.windows import default_windows
+    from refllm.measure.windows import checked_windows
     from refllm.train.data import read_files
 
     documents = read_files(text) if text else held_out_documents()
@@ -100,11 +100,7 @@ def evaluate(
     computing = use_threads(threads)
     loaded = load(model, backend, weights=weights)
     kivi = kivi_from_options(loaded.config, kv_bits, kv_group, kv_residual)
-    positions = loaded.config.max_position_embeddings
-    window = window or default_windows(positions)[0]
-    stride = stride or max(1, window // 2)
-    if window > positions:
-        note(f"the window of {window} is longer than the model's {positions} positions")
+    window, stride = checked_windows(loaded, window, stride)
     attend = None
     if kivi is not None:
         attend = partial(KiviAttend, kivi=kivi, window=loaded.config.sliding_window)

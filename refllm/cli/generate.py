@@ -28,7 +28,14 @@ from refllm.cli.draft_options import (
     drafter_from_options,
 )
 from refllm.cli.main import keep_freed_memory
-from refllm.cli.options import AnyModelOption, BackendOption, WeightsOption, flag, opt
+from refllm.cli.options import (
+    AnyModelOption,
+    BackendOption,
+    WeightsOption,
+    flag,
+    opt,
+    unescape,
+)
 from refllm.cli.threads import ThreadsOption, use_threads
 from refllm.errors import InputError
 from refllm.terminal import emit, note, printable, progress
@@ -62,7 +69,11 @@ SeedOption = Annotated[
     int | None, opt("The same seed gives the same text.", min=0, show_default="a random one")
 ]
 StopOption = Annotated[
-    list[str] | None, opt("Stop before this text; may be repeated.", metavar="TEXT")
+    list[str] | None,
+    opt(
+        r"Stop before this text (\n, \t and \\ are read as in Python); may be repeated.",
+        metavar="TEXT",
+    ),
 ]
 IgnoreEosOption = Annotated[bool, flag("Continue after an end token.", "--ignore-eos")]
 
@@ -145,7 +156,7 @@ def generate(
         text,
         max_tokens,
         sampling=sampling,
-        stop=stop or (),
+        stop=[unescape(text) for text in stop or ()],
         ignore_eos=ignore_eos,
         rng=seed,
         on_token=watch.tick,

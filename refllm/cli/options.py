@@ -6,6 +6,7 @@ above the command that takes it; its default stands in the command's signature.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 import typer
@@ -18,6 +19,25 @@ def opt(text: str, *flags: str, **rules: Any) -> Any:
     placeholder N by default.
     """
     return typer.Option(*flags, help=text, **{"metavar": "N", **rules})
+
+
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "0": "\0", "\\": "\\"}
+_ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|([ntr0\\]))")
+
+
+def unescape(text: str) -> str:
+    r"""Text as it is typed in a shell: \n \t \r \0 \\ \xHH and \uHHHH are the characters that they
+    are in Python, any other backslash is itself.
+
+    >>> unescape(r"a\n\\n\x41\d") == "a\n\\nA\\d"
+    True
+    """
+
+    def character(found: re.Match[str]) -> str:
+        digits = found[1] or found[2]
+        return chr(int(digits, 16)) if digits else _ESCAPES[found[3]]
+
+    return _ESCAPE.sub(character, text)
 
 
 def flag(text: str, *flags: str) -> Any:

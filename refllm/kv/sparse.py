@@ -38,8 +38,8 @@ corrected here. With a sliding window, tokens that the window has passed are evi
 all others, except the first ones.
 
 Left out: rolling positions (StreamingLLM beyond the trained context), selection without
-eviction (Quest), H2O's ratios of the prompt's length, PyramidKV's treatment of short
-prompts. ``sparse_cache`` holds the tokens.
+eviction (Quest), H2O's ratios of the prompt's length; PyramidKV's code gives prompts of up to
+twice the budget equal budgets. ``sparse_cache`` holds the tokens.
 """
 
 from __future__ import annotations
@@ -121,22 +121,27 @@ class SparsePolicy:
                 f"{self.newest}; raise the budget to {math.ceil(must * (self.beta or 1))}"
             )
 
-    def budgets(self, layers: int) -> list[int]:
+    def budgets(self, layers: int, length: int | None = None) -> list[int]:
         """Tokens of each layer, ``layers`` · B in all: B, or in a pyramid 2B − B/β at the
         bottom, B/β at the top.
 
-        >>> pyramidkv(32, window=8, beta=4.0).budgets(3)
-        [56, 32, 8]
+        After ``length`` tokens no layer has a use for more: the lowest layer of a pyramid gets
+        at most ``length`` then, and the others what it leaves. So nothing is dropped of a
+        sequence of B tokens or fewer.
+
+        >>> policy = pyramidkv(32, window=8, beta=4.0)
+        >>> policy.budgets(3), policy.budgets(3, length=40), policy.budgets(3, length=20)
+        ([56, 32, 8], [40, 32, 24], [32, 32, 32])
         """
-        if self.beta is None or layers == 1:
-            return [self.budget] * layers
-        low = self.budget / self.beta  # of the highest layer
-        fall = 2 * (self.budget - low) / (layers - 1)
+        budget = self.budget
+        if self.beta is None or layers == 1 or (length is not None and length <= budget):
+            return [budget] * layers
+        high = 2 * budget - budget / self.beta  # of the lowest layer
+        if length is not None:
+            high = min(high, length)
+        fall = 2 * (high - budget) / (layers - 1)
         # differences of rounded sums, so that the budgets add up to layers · B exactly
-        ends = [
-            round(sum(2 * self.budget - low - i * fall for i in range(n)))
-            for n in range(layers + 1)
-        ]
+        ends = [round(sum(high - i * fall for i in range(n))) for n in range(layers + 1)]
         return [b - a for a, b in pairwise(ends)]
 
     def tokens_held(self, prompt: int, new: int, layers: int) -> int:
@@ -144,8 +149,9 @@ class SparsePolicy:
         prompt and ``new`` more tokens.
         """
         if self.every_step:
-            return sum(min(budget, prompt + new) for budget in self.budgets(layers))
-        return sum(min(budget, prompt) + new for budget in self.budgets(layers))
+            length = prompt + new
+            return sum(min(budget, length) for budget in self.budgets(layers, length))
+        return sum(min(budget, prompt) + new for budget in self.budgets(layers, prompt))
 
     def usage(self, config: ModelConfig, prompt: int, new: int) -> CacheUsage:
         """See ``CachePolicy.usage``; bytes of keys and values alone."""
@@ -216,8 +222,9 @@ def pyramidkv(
     """PyramidKV: SnapKV with ``budget`` tokens per layer on average, from 2B − B/β at the
     bottom to B/β at the top.
 
-    The average holds for long prompts: where a prompt is shorter than a low layer's budget,
-    the remainder is not given to other layers.
+    Of a prompt that a low layer's budget would exceed, that layer keeps every token, and the
+    others share what it leaves, as in the published code; a prompt within the budget keeps
+    every token in every layer.
     """
     return SparsePolicy(
         budget,

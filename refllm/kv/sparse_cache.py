@@ -99,7 +99,6 @@ class SparseCache:
             raise InputError("SparseCache: a policy that evicts at random needs rng=")
         self.policy = policy
         self.rng = rng
-        self.budgets = policy.budgets(config.num_hidden_layers)
         self.window = config.sliding_window
         self.layers = [
             [_no_tokens(config, like, policy) for _ in range(max_sequences)]
@@ -156,12 +155,13 @@ class SparseCache:
         for b, n in enumerate(counts):
             if n == 0:
                 continue
+            budgets = self.policy.budgets(len(self.layers), self.lengths[b] + n)
             for layer, sequences in enumerate(self.layers):
                 new = view.new[layer][b]
                 assert new is not None  # the view has n tokens or more of this sequence
                 self._append(sequences[b], n, new)
                 if self.prompt_done[b] and self.policy.every_step:
-                    self._evict(layer, b, sequences[b].scores)
+                    self._evict(layer, b, sequences[b].scores, budgets[layer])
             self.lengths[b] += n
 
     def finish_prompt(self) -> None:
@@ -169,12 +169,13 @@ class SparseCache:
         for b, done in enumerate(self.prompt_done):
             if done or self.lengths[b] == 0:
                 continue
+            budgets = self.policy.budgets(len(self.layers), self.lengths[b])
             for layer, sequences in enumerate(self.layers):
                 kept = sequences[b]
-                if kept.last_queries is None:
-                    self._evict(layer, b, kept.scores)
-                else:
-                    self._evict(layer, b, self._votes(kept, self.lengths[b]))
+                score = kept.scores
+                if kept.last_queries is not None and int(kept.keys.shape[1]) > budgets[layer]:
+                    score = self._votes(kept, self.lengths[b])
+                self._evict(layer, b, score, budgets[layer])
                 kept.last_queries = None
             self.prompt_done[b] = True
 
@@ -210,11 +211,12 @@ class SparseCache:
             # a copy: a view would keep the queries of the whole prompt in memory
             kept.last_queries = xp.copy(queries[:, -self.policy.window :])
 
-    def _evict(self, layer: int, b: int, score: Array) -> None:
-        """Keep the tokens of one layer and sequence that the policy selects by score[G, S]."""
+    def _evict(self, layer: int, b: int, score: Array, budget: int) -> None:
+        """Keep the ``budget`` tokens of one layer and sequence that the policy selects by
+        score[G, S].
+        """
         kept = self.layers[layer][b]
         policy = self.policy
-        budget = self.budgets[layer]
         size = int(kept.keys.shape[1])
         if size <= budget:
             return

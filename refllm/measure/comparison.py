@@ -40,6 +40,7 @@ from refllm.measure.windows import (
     LanguageModel,
     WindowPlan,
     as_documents,
+    checked_windows,
     plan_windows,
 )
 
@@ -85,13 +86,14 @@ def precompute_reference(
     reference: LanguageModel,
     documents: Iterable[DocumentLike] | DocumentLike,
     *,
-    window: int = 1024,
-    stride: int = 512,
+    window: int | None = None,
+    stride: int | None = None,
     max_tokens: int | None = None,
 ) -> PrecomputedReference:
     """Run ``reference`` once, for several calls of ``compare(model, …)`` on the same
     documents, window, stride and ``max_tokens``.
     """
+    window, stride = checked_windows(reference, window, stride)
     plan = plan_windows(reference, documents, window, stride, max_tokens)
     parts = [hidden_states(reference, plan, batch, None) for batch in plan.batches()]
     return PrecomputedReference(reference, plan, namespace(*parts).concat(parts, axis=0))
@@ -103,8 +105,8 @@ def compare(
     documents: Iterable[DocumentLike] | DocumentLike,
     *,
     rng: np.random.Generator,
-    window: int = 1024,
-    stride: int = 512,
+    window: int | None = None,
+    stride: int | None = None,
     max_tokens: int | None = None,
     block: int | None = 128,
     resamples: int = 2000,
@@ -128,6 +130,9 @@ def compare(
     """
     began = time.perf_counter()
     items = as_documents(documents)
+    window, stride = checked_windows(model, window, stride)
+    if not isinstance(reference, PrecomputedReference):
+        checked_windows(reference, window, stride)
     plan = plan_windows(model, items, window, stride, max_tokens)
     if isinstance(reference, PrecomputedReference):
         _check_same_tokens(model, reference.model, plan, reference.plan)

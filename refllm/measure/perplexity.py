@@ -34,7 +34,14 @@ import numpy as np
 from refllm.array_types import Array
 from refllm.backend import asarray_like, namespace, to_numpy
 from refllm.errors import InputError
-from refllm.measure.windows import DocumentLike, LanguageModel, Window, WindowPlan, plan_windows
+from refllm.measure.windows import (
+    DocumentLike,
+    LanguageModel,
+    Window,
+    WindowPlan,
+    checked_windows,
+    plan_windows,
+)
 from refllm.model.attention import Attend, CausalAttend
 from refllm.model.llama import forward, logits
 
@@ -119,8 +126,8 @@ def evaluate(
     model: LanguageModel,
     documents: Iterable[DocumentLike] | DocumentLike,
     *,
-    window: int = 1024,
-    stride: int = 512,
+    window: int | None = None,
+    stride: int | None = None,
     max_tokens: int | None = None,
     progress: Progress | None = None,
     attend: AttendFactory | None = None,
@@ -128,18 +135,20 @@ def evaluate(
     """Score texts (``str`` or ``corpus.Document``) or 1-D arrays of token ids; a single one
     is fine too.
 
-    ``window`` is the most tokens that the model reads at once, ``stride`` ≤ window how far
-    the next window moves. ``max_tokens`` scores only that many, the first ones.
+    ``window`` is the most tokens that the model reads at once (default: its positions, 1,024
+    at most), ``stride`` ≤ window how far the next window moves (default: half of it).
+    ``max_tokens`` scores only that many, the first ones.
     ``attend(lengths)`` replaces the plain causal attention over a ragged batch of windows
     (to measure a lossy cache, for example). Needs ``_ROWS`` rows of logits in memory, not T.
 
     Raises
     ------
     ValueError
-        if nothing can be scored, a token lies outside the vocabulary, or a logit is not
-        finite (the message says where).
+        if nothing can be scored, the window exceeds the model's positions, a token lies
+        outside the vocabulary, or a logit is not finite (the message says where).
     """
     began = time.perf_counter()
+    window, stride = checked_windows(model, window, stride)
     plan = plan_windows(model, documents, window, stride, max_tokens)
     nats = np.empty(len(plan.targets))
     for rows, hidden in hidden_chunks(plan, progress, [(model, attend)]):

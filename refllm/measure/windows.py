@@ -103,6 +103,25 @@ def default_windows(positions: int) -> tuple[int, int]:
     return window, max(1, window // 2)
 
 
+def checked_windows(
+    model: LanguageModel, window: int | None, stride: int | None
+) -> tuple[int, int]:
+    """(window, stride), by default those of ``default_windows``, and half of the window.
+
+    ValueError for a window beyond the model's positions: what it computes there, it has never
+    been trained for, and a score would say nothing of it.
+    """
+    positions = model.config.max_position_embeddings
+    if window is None:
+        window = default_windows(positions)[0]
+    if window > positions:
+        raise InputError(
+            f"a window of {window} tokens is longer than the model's {positions} positions: "
+            f"take window={positions} or less"
+        )
+    return window, max(1, window // 2) if stride is None else stride
+
+
 def windows(length: int, window: int, stride: int) -> list[tuple[int, int, int]]:
     """(begin, end, first) of every window over a document of ``length`` tokens; none if it
     has fewer than two.

@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from command_line import TEXT, as_lines, run, save_tiny_model, write_text
 from refllm.api import Model, load
 from refllm.cli.generate import read_prompt
+from refllm.cli.options import unescape
 from refllm.corpus import Document
 from refllm.decode.sampling_params import SamplingParams
 from refllm.kv.kivi import Kivi
@@ -62,6 +65,20 @@ def test_generate_passes_every_sampling_option_on(model):
         "generate", "x", "--model", model, "-n", "30", *options, "--stop", "\0", "--stop", stop
     )
     assert cut.stdout == as_lines(expected[: expected.index(stop)])
+
+
+@given(text=st.text("ab\n\t\r\0\\\x7f\u4f60", max_size=8))
+def test_round_trip_a_stop_string_may_be_typed_with_escapes(text):
+    assert unescape(text.encode("unicode_escape").decode()) == text
+    assert unescape(text.replace("\\", "\\\\")) == text
+
+
+def test_a_stop_string_with_an_escape_stops_at_the_character(model):
+    options = ("--model", model, "-n", "60", "-t", "1", "--seed", "3", "--ignore-eos")
+    whole = run("generate", "x", *options).stdout
+    stop = next(c for c in whole[4:] if 32 < ord(c) < 0x10000)
+    cut = run("generate", "x", *options, "--stop", f"\\u{ord(stop):04x}").stdout
+    assert cut == as_lines(whole[: whole.index(stop)])
 
 
 def test_what_is_piped_ends_with_one_newline(model, monkeypatch):

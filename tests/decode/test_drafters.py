@@ -38,13 +38,16 @@ def looked_up(text, count, longest, shortest):
     for n in range(longest, shortest - 1, -1):
         for place in range(len(text) - 1, n - 1, -1):
             if n < len(text) and text[place - n : place] == text[len(text) - n :]:
-                return text[place : place + count]
+                grown = list(text)
+                for _ in range(count):
+                    grown.append(grown[place + len(grown) - len(text)])
+                return grown[len(text) :]
     return []
 
 
 @pytest.mark.theorem(
     "Prompt lookup copies what followed the longest earlier match of the last tokens, of equal "
-    "ones the latest",
+    "ones the latest, and goes on with its own drafts behind the end",
     source="definition; Saxena 2023 with another tie rule",
 )
 @given(
@@ -63,6 +66,13 @@ def test_ngrams_are_found_as_by_search(text, count, shortest, more, cuts):
     found = drafter.propose(text, count, GREEDY, rng)
     assert found.q is None
     assert found.tokens == looked_up(text, count, shortest + more, shortest)
+
+
+@given(period=st.lists(st.integers(0, 3), min_size=1, max_size=4), count=st.integers(1, 9))
+def test_a_text_with_a_period_is_drafted_as_far_as_is_asked_for(period, count):
+    text = period * 6
+    drafts = NGramDrafter(9).propose(text, count, GREEDY, np.random.default_rng(0)).tokens
+    assert drafts == (period * 9)[:count]
 
 
 def test_the_latest_of_equal_matches_counts():

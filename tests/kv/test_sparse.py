@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from conftest import to_host
@@ -85,6 +85,32 @@ def test_conservation_a_pyramid_keeps_as_much_as_equal_budgets(budget, layers, b
     assert abs(budgets[-1] - budget / beta) <= 1
     assert abs(budgets[0] - (2 * budget - budget / beta)) <= 1
     assert snapkv(budget).budgets(layers) == [budget] * layers
+
+
+@pytest.mark.theorem(
+    "After any number of tokens the layers of a pyramid hold layers · B of them, or all there "
+    "are: no layer keeps fewer than it would with B/β, and of B tokens or fewer none is dropped",
+    source="Cai et al. 2024, their code",
+)
+@given(
+    budget=st.integers(200, 4000),
+    layers=st.integers(2, 80),
+    beta=st.sampled_from([1.0, 2.0, 20.0]),
+    length=st.integers(1, 9000),
+)
+@example(budget=1000, layers=6, beta=20.0, length=108)
+@example(budget=1000, layers=6, beta=20.0, length=1001)
+@example(budget=1000, layers=6, beta=20.0, length=1949)
+@example(budget=1000, layers=6, beta=20.0, length=1951)
+def test_conservation_a_pyramid_gives_no_layer_more_than_there_is(budget, layers, beta, length):
+    policy = pyramidkv(budget, beta=beta)
+    budgets = policy.budgets(layers, length)
+    held = [min(b, length) for b in budgets]
+    assert sum(held) == layers * min(budget, length) == policy.tokens_held(length, 0, layers)
+    assert min(held) >= min(length, int(budget / beta))
+    assert all(a >= b - 1 for a, b in pairwise(budgets))  # up to rounding
+    if length >= 2 * budget - budget / beta:
+        assert budgets == policy.budgets(layers)
 
 
 def test_policies_are_those_of_the_papers():

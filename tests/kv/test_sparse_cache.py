@@ -46,6 +46,7 @@ POLICIES = {
     "snapkv": snapkv(12, window=5, kernel=3),
     "snapkv, max": snapkv(12, window=4, pool="max"),
     "pyramidkv": pyramidkv(12, window=4, beta=3.0),
+    "a pyramid at every step": SparsePolicy(12, "mass", newest=2, beta=3.0),
     "random": at_random(12),
 }
 
@@ -92,9 +93,10 @@ class Simulated:
     to each.
     """
 
-    def __init__(self, policy: SparsePolicy, budget: int, window: int | None, drawn: dict):
+    def __init__(self, policy: SparsePolicy, layer: int, window: int | None, drawn: dict):
         self.policy = policy
-        self.budget = budget
+        self.layer = layer
+        self.length = 0  # tokens read
         self.window = window
         self.drawn = drawn
         self.kept: list[list[int]] = [[] for _ in range(G)]
@@ -113,6 +115,7 @@ class Simulated:
                 p = rows_of(q[t, h], k[:, g], seen, t, self.window)
                 out[i, h] = p @ v[seen, g]
                 reads.append((i, g, dict(zip(seen, p / (H // G), strict=True))))
+        self.length += committed
         for g in range(G):
             self.kept[g] += range(start, start + committed)
             for j in self.kept[g]:
@@ -155,6 +158,7 @@ class Simulated:
         self.prompt_done = True
 
     def evict(self, scores: list[dict[int, float]]) -> None:
+        budget = self.policy.budgets(L, self.length)[self.layer]
         for g in range(G):
             kept = self.kept[g]
             if self.window is not None:  # tokens that the next query cannot see are evicted first
@@ -168,7 +172,7 @@ class Simulated:
                 if i < self.policy.first or i >= len(kept) - self.policy.newest
             ]
             rest = sorted((j for j in kept if j not in must), key=lambda j: (-scores[g][j], j))
-            self.kept[g] = sorted((must + rest)[: self.budget])
+            self.kept[g] = sorted((must + rest)[:budget])
 
 
 @pytest.mark.theorem(
@@ -193,7 +197,7 @@ def test_equality_with_a_simulation_head_by_head(xp, name, seed, window, prompt,
     q, k, v = data
     draws = np.random.default_rng(5)
     drawn: list[dict] = [{g: {} for g in range(G)} for _ in range(L)]
-    model = [Simulated(policy, cache.budgets[layer], window, drawn[layer]) for layer in range(L)]
+    model = [Simulated(policy, layer, window, drawn[layer]) for layer in range(L)]
     for phase, n, kept in [("prompt", n, m) for n, m in prompt] + [
         ("decode", n, min(n, m)) for n, m in steps
     ]:
@@ -229,7 +233,15 @@ def test_equality_with_a_simulation_head_by_head(xp, name, seed, window, prompt,
 )
 @pytest.mark.parametrize(
     "make",
-    [h2o, tova, recent_only, lambda b: streaming(b, 2), lambda b: snapkv(b, window=4), at_random],
+    [
+        h2o,
+        tova,
+        recent_only,
+        lambda b: streaming(b, 2),
+        lambda b: snapkv(b, window=4),
+        lambda b: pyramidkv(b, window=4, beta=6.0),
+        at_random,
+    ],
 )
 @given(seed=seeds, prompt=st.integers(1, 20), window=st.sampled_from([None, 6]))
 def test_equality_with_plain_attention_within_the_budget(xp, make, seed, prompt, window):
@@ -289,8 +301,10 @@ def test_invariants_of_the_kept_tokens_at_every_step(xp, name, seed):
     lengths = cache.lengths[:]
     for _ in range(12):
         run_step(xp, cache, data, [1, 1])
-        for layer, budget in enumerate(cache.budgets):
+        for layer in range(L):
             for b in range(2):
+                read = cache.lengths[b] if policy.every_step else lengths[b]
+                budget = policy.budgets(L, read)[layer]
                 now = places(cache)[layer][b]
                 old = before[layer][b]
                 length = cache.lengths[b]

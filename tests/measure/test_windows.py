@@ -13,7 +13,15 @@ from tokenizers import decoders, models
 
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.corpus import Document
-from refllm.measure.windows import default_windows, plan_windows, token_bytes, windows
+from refllm.measure.comparison import compare, precompute_reference
+from refllm.measure.perplexity import evaluate
+from refllm.measure.windows import (
+    checked_windows,
+    default_windows,
+    plan_windows,
+    token_bytes,
+    windows,
+)
 from tiny_models import byte_tokenizer, tiny_model
 
 shapes = st.tuples(st.integers(0, 60), st.integers(1, 24), st.integers(1, 24)).map(
@@ -195,3 +203,32 @@ def test_a_beginning_token_outside_the_vocabulary_is_rejected():
 )
 def test_windows_are_as_long_as_the_model_reads(positions, expected):
     assert default_windows(positions) == expected
+
+
+@pytest.mark.parametrize("measure", ["evaluate", "compare", "precompute_reference"])
+def test_a_window_beyond_the_models_positions_is_rejected(measure):
+    model = tiny_model(max_position_embeddings=32)
+    call = {
+        "evaluate": lambda **shape: evaluate(model, "a text", **shape),
+        "compare": lambda **shape: compare(
+            model, model, "a text", rng=np.random.default_rng(0), resamples=10, **shape
+        ),
+        "precompute_reference": lambda **shape: precompute_reference(model, "a text", **shape),
+    }[measure]
+    with pytest.raises(ValueError, match="window of 33 tokens is longer than the model's 32"):
+        call(window=33, stride=1)
+    call(window=32, stride=1)
+    call()
+
+
+def test_a_reference_of_fewer_positions_is_rejected_too():
+    long, short = (tiny_model(max_position_embeddings=n) for n in (64, 32))
+    with pytest.raises(ValueError, match="window of 64 tokens is longer than the model's 32"):
+        compare(long, short, "a text", rng=np.random.default_rng(0), resamples=10)
+
+
+def test_windows_are_the_default_ones_of_the_model():
+    model = tiny_model(max_position_embeddings=32)
+    assert checked_windows(model, None, None) == (32, 16)
+    assert checked_windows(model, 1, None) == (1, 1)
+    assert checked_windows(tiny_model(max_position_embeddings=4096), None, None) == (1024, 512)

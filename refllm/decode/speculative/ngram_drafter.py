@@ -21,9 +21,10 @@ class NGramDrafter:
     """Finds the last n tokens earlier in the sequence, the longest n first, and copies what
     followed.
 
-    Of several places with the same n the latest counts. (vLLM takes the earliest.) A table
-    of the n-grams grows with the sequence, so the cost of a step does not depend on its
-    length.
+    Of several places with the same n the latest counts. (vLLM takes the earliest.) Where the
+    copy reaches the end of the sequence, it goes on with the drafts themselves: text that
+    repeats with a short period is drafted as far as is asked for. A table of the n-grams
+    grows with the sequence, so the cost of a step does not depend on its length.
 
     >>> from refllm.decode.sampling_params import GREEDY
     >>> drafter = NGramDrafter(gamma=3)
@@ -51,7 +52,7 @@ class NGramDrafter:
         end = len(tokens)
         for n in self.sizes:
             if n < end and (place := self._after.get(tuple(tokens[end - n :]))) is not None:
-                return Proposal(list(tokens[place : place + count]), None)
+                return Proposal(_continue_from(tokens, place, count), None)
         return NO_DRAFTS
 
     def observe(self, best: Sequence[int], accepted: int) -> None:
@@ -69,3 +70,14 @@ class NGramDrafter:
                 if n <= end:
                     self._after[tuple(tokens[end - n : end])] = end
         self._known += tokens[known:]
+
+
+def _continue_from(tokens: Sequence[int], place: int, count: int) -> list[int]:
+    """``count`` tokens that continue ``tokens`` as they went on from ``place``.
+
+    >>> _continue_from([5, 6, 7, 5, 6, 7], place=3, count=8)
+    [5, 6, 7, 5, 6, 7, 5, 6]
+    """
+    period = list(tokens[place : place + count])
+    repeats = -(-count // len(period))
+    return (period * repeats)[:count]
