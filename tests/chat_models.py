@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from chat_templates import SPECIAL_TOKENS, TEMPLATES
 from chat_tokenizer import chat_tokenizer
 from refllm.api import Model
 from refllm.checkpoints.chat_template import ChatTemplates
+from refllm.checkpoints.writer import save
 from refllm.decode import generate
 from refllm.model.llama import build
 from tiny_models import tiny_config, tiny_params
@@ -57,3 +60,13 @@ def computed_tokens(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         patched.setattr(generate, "forward", forward)
         patched.setattr(generate, "make_decode_step", make_decode_step)
         yield passes
+
+
+def save_chat_model(path: Path, seed: int = 0, template: str = "chatml", **changes: Any) -> Path:
+    """A directory with the model in float32; returns its path."""
+    model = chat_model(seed, template, **changes)
+    params = tiny_params(model.config, seed, "float32")
+    save(path, model.config, params, model.tokenizer, dtype="float32")
+    (path / "chat_template.jinja").write_text(TEMPLATES[template], encoding="utf-8")
+    (path / "tokenizer_config.json").write_text(json.dumps(SPECIAL_TOKENS), encoding="utf-8")
+    return path

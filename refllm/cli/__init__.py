@@ -5,8 +5,10 @@ stream. Heavy imports stand inside the commands, so that ``refllm --help`` start
 
 - ``main``           the root: version and help, exceptions as messages, the process's memory
 - ``options``        options that several commands share; ``threads``: how many threads compute
-- ``generate``       ``refllm generate``: continue a prompt; ``draft_options`` (speculation)
-                     and ``cache_options`` (smaller KV caches) belong to it
+- ``generate``       ``refllm generate``: continue a prompt; ``sampling_options``,
+                     ``draft_options`` (speculation) and ``cache_options`` (smaller KV caches)
+                     belong to it
+- ``chat``           ``refllm chat``: talk to a chat model; ``chat_loop`` reads and answers
 - ``evaluate``       ``refllm eval``: perplexity, bits per byte, KL to a reference model
 - ``info``           ``refllm info``: what a checkpoint holds
 - ``quantize``       ``refllm quantize``: a checkpoint in fewer bits
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import typer
 
+from refllm.cli.chat import chat as chat_command
 from refllm.cli.convert import convert as convert_command
 from refllm.cli.evaluate import evaluate as evaluate_command
 from refllm.cli.figures import figures as figures_command
@@ -46,6 +49,7 @@ app.callback(invoke_without_command=True)(version_or_help)
 app.command("tour")(tour_command)
 app.command("info")(info_command)
 app.command("generate")(generate_command)
+app.command("chat")(chat_command)
 app.command("eval")(evaluate_command)
 app.command("train")(train_command)
 app.command("convert")(convert_command)

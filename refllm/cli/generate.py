@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -36,9 +36,21 @@ from refllm.cli.options import (
     opt,
     unescape,
 )
+from refllm.cli.sampling_options import (
+    MinPOption,
+    RepetitionPenaltyOption,
+    SeedOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+    seed_or_random,
+)
 from refllm.cli.threads import ThreadsOption, use_threads
 from refllm.errors import InputError
 from refllm.terminal import emit, note, printable, progress
+
+if TYPE_CHECKING:
+    from refllm.api import Model
 
 DEFAULT_TOKENS = 128
 
@@ -52,22 +64,6 @@ MaxTokensOption = Annotated[
     int | None,
     opt("New tokens at most.", "--max-tokens", "-n", min=0, show_default=str(DEFAULT_TOKENS)),
 ]
-TemperatureOption = Annotated[
-    float, opt("0 takes the most probable token.", "--temperature", "-t", metavar="X")
-]
-TopKOption = Annotated[int, opt("Keep the N most probable tokens; 0 is off.")]
-TopPOption = Annotated[
-    float, opt("Keep the fewest tokens of this joint probability; 1 is off.", metavar="X")
-]
-MinPOption = Annotated[
-    float, opt("Keep tokens of this share of the largest probability.", metavar="X")
-]
-RepetitionPenaltyOption = Annotated[
-    float, opt("Above 1, tokens that already occurred become less likely.", metavar="X")
-]
-SeedOption = Annotated[
-    int | None, opt("The same seed gives the same text.", min=0, show_default="a random one")
-]
 StopOption = Annotated[
     list[str] | None,
     opt(
@@ -76,11 +72,16 @@ StopOption = Annotated[
     ),
 ]
 IgnoreEosOption = Annotated[bool, flag("Continue after an end token.", "--ignore-eos")]
+ChatOption = Annotated[
+    bool,
+    flag("The prompt is a user's message to a chat model, which answers it.", "--chat"),
+]
 
 
 def generate(
     prompt: PromptArgument = None,
     prompt_file: PromptFileOption = None,
+    chat: ChatOption = False,
     model: AnyModelOption = "stdlib",
     max_tokens: MaxTokensOption = None,
     temperature: TemperatureOption = 0.0,
@@ -117,14 +118,14 @@ def generate(
       refllm generate 'import os' --draft ngram,stdlib-draft --tree
       refllm generate --prompt-file long.py --kv-bits 4
       refllm generate --prompt-file long.py --kv-keep 256 --kv-policy h2o
+      refllm generate --chat 'What is the capital of France?' --model smollm2
 
-    With --draft, greedy output is unchanged; at other temperatures the output distribution
-    is unchanged. On a terminal accepted drafts are shown in green, rejected ones struck
-    through in red. With --kv-bits or --kv-keep the text may change with --draft: all tokens
-    of a step read the cache as it was before the step.
+    With --chat the model's chat template makes a prompt of the message; a control token in
+    the message is text. With --draft, greedy output is unchanged; at other temperatures the
+    output distribution is unchanged. On a terminal accepted drafts are shown in green,
+    rejected ones struck through in red. With --kv-bits or --kv-keep the text may change with
+    --draft: all tokens of a step read the cache as it was before the step.
     """
-    import numpy as np
-
     from refllm.api import load
     from refllm.decode.sampling_params import SamplingParams
     from refllm.measure.latency import Stopwatch
@@ -146,14 +147,14 @@ def generate(
     loaded = load(model, backend, weights=weights)
     cache = sparse or kivi_from_options(loaded.config, kv_bits, kv_group, kv_residual)
     display = None if drafter is None else DraftDisplay(loaded.tokenizer)
-    length = len(loaded.tokenizer.encode(text, special=True))
+    ids = prompt_ids(loaded, text, chat)
+    length = len(ids)
     if max_tokens is None:
         max_tokens = min(DEFAULT_TOKENS, max(1, loaded.config.max_position_embeddings - length))
-    if seed is None:
-        seed = int(np.random.default_rng().integers(2**32))
+    seed = seed_or_random(seed)
     watch = Stopwatch()
     pieces = loaded.stream(
-        text,
+        ids,
         max_tokens,
         sampling=sampling,
         stop=[unescape(text) for text in stop or ()],
@@ -208,6 +209,14 @@ def _print_to_pipe(pieces: Iterator[str], advance: Callable[[], None]) -> None:
         advance()
     if last != "\n":
         emit("\n")
+
+
+def prompt_ids(model: Model, text: str, chat: bool) -> list[int]:
+    """The token ids of the prompt; with ``chat``, of a conversation that begins with it."""
+    if not chat:
+        return model.tokenizer.encode(text, special=True)
+    message = {"role": "user", "content": text}
+    return model.chat_tokenizer.encode([message], add_generation_prompt=True)
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:

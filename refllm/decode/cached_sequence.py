@@ -61,17 +61,23 @@ class CachedSequence:
         ValueError for what ``generate_tokens`` rejects; the sequence stays as it was then.
         """
         check_prompts([prompt], max_tokens, self.config)
-        kept = min(common_prefix(self.ids[: self.cache.lengths[0]], prompt), len(prompt) - 1)
-        self.cache.truncate(0, kept)
-        self.ids = [int(token) for token in prompt]
-        self.reused = kept
-        self.computed = len(prompt) - kept
+        self.begin(prompt)
         self._reserve(len(prompt) + max_tokens)
         for (token,) in generate_tokens(
             self.weights, self.config, [self.ids[:]], max_tokens, sampling, rng, cache=self.cache
         ):
             self.ids.append(token)
             yield token
+
+    def begin(self, prompt: Sequence[int]) -> None:
+        """Cut the sequence back to what it shares with a prompt of at least one token, which
+        ``generate`` then continues.
+        """
+        kept = min(common_prefix(self.ids[: self.cache.lengths[0]], prompt), len(prompt) - 1)
+        self.cache.truncate(0, kept)
+        self.ids = [int(token) for token in prompt]
+        self.reused = kept
+        self.computed = len(prompt) - kept
 
     def _reserve(self, tokens: int) -> None:
         """Room in the cache, at least doubled each time, so that copies cost one copy per

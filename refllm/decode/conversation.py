@@ -124,13 +124,15 @@ class Conversation:
         max_tokens: int = ANSWER_TOKENS,
         *,
         sampling: SamplingParams = GREEDY,
+        on_prompt: Callable[[], object] | None = None,
         on_token: Callable[[int], object] | None = None,
     ) -> Iterator[str]:
         """Yield the answer to a user's message, in whole characters.
 
         Message and answer join ``messages`` when the answer ends, or is ended: an answer that
         was interrupted joins up to there, one that never began leaves no message behind.
-        ``on_token`` is called with each sampled token.
+        ``on_prompt`` is called before the prompt is computed, when ``reused``, ``computed``
+        and ``dropped`` are known; ``on_token`` with each sampled token.
 
         InputError for a message that does not fit into the context, or that the template
         rejects.
@@ -143,6 +145,9 @@ class Conversation:
         characters = Utf8Stream(self.model.tokenizer)
         self.finish = "interrupted"
         ends = self.model.config.eos_token_ids
+        self.sequence.begin(ids)
+        if on_prompt is not None:
+            on_prompt()
         try:
             tokens = self.sequence.generate(ids, limit, sampling, self.rng)
             for token in tokens:

@@ -32,6 +32,7 @@ COMMANDS = (
     "tour",
     "info",
     "generate",
+    "chat",
     "eval",
     "train",
     "quantize",
