@@ -149,6 +149,7 @@ class StopStrings:
         other.stopped = self.stopped
         other.matched = self.matched
         other._held = self._held
+        other._stopping = self._stopping
         other._ignored = self._ignored
         return other
 

@@ -18,7 +18,7 @@ Source: the fields of these names in vLLM's ``SamplingParams`` (vllm/sampling_pa
 
 Differences to vLLM: the token that ended an output is part of ``tokens`` only with
 ``include_stop_str_in_output`` (its log-probability always comes); ``logprobs_mode`` is
-chosen per request; of several stop strings the earliest in the text counts, not the first of
+chosen per request; of several stop strings the first that is complete counts, not the first of
 the list.
 
 Left out: ``detokenize``, ``skip_special_tokens``, ``allowed_token_ids``.

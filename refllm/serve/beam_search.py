@@ -231,7 +231,7 @@ class BeamSearch:
         if beam.detokenizer is not None:
             beam.detokenizer.flush()
             if beam.detokenizer.matched is not None:
-                # held back in case a longer stop string had begun before it
+                # half a character that was held back completes it
                 finish_reason = "stop"
                 stop_reason = beam.detokenizer.matched
             elif ended_by is not None and self.request.output.include_stop_str_in_output:

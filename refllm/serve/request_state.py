@@ -117,7 +117,7 @@ class SequenceState:
         if self.detokenizer is not None:
             self.detokenizer.flush()
             if self.detokenizer.stopped:
-                # held back in case a longer stop string had begun before it
+                # half a character that was held back completes it
                 return self.detokenizer.matched
             if self.request.output.include_stop_str_in_output:
                 self.detokenizer.append_end(token)
@@ -219,7 +219,7 @@ class RequestState:
         if update.finish_reason is None:
             return
         if update.finish_reason == "length" and state.detokenizer and state.detokenizer.stopped:
-            # the last text that was held back completes a stop string
+            # half a character that was held back completes a stop string
             update.finish_reason = "stop"
             sequence.finish("stop", state.detokenizer.matched)
         # the text of a detokenizer ends before a stop string

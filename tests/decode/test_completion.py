@@ -99,12 +99,25 @@ def test_an_output_ends_where_its_definition_says(text, stop, min_tokens, includ
         assert (silent.tokens, silent.text) == (found.tokens, found.text)
 
 
-def test_a_stop_string_that_was_held_back_is_the_reason():
-    """ "b" counts unless "abcd" began before it: only the end of the output decides."""
-    for text, tokens in (("xab", "xab"), ("xab~", "xab")):
+def test_the_first_stop_string_that_is_complete_is_the_reason():
+    """A longer one that had begun before it does not hold the output back."""
+    for text in ("xab", "xab~", "xabcd"):
         found = read(text, OutputParams(stop=["b", "abcd"]))
         assert (found.text, found.finish_reason, found.stop_reason) == ("xa", "stop", "b")
-        assert TOKENIZER.decode(found.tokens) == tokens
+        assert TOKENIZER.decode(found.tokens) == "xab"
+
+
+@pytest.mark.parametrize("end", ["", "~"])
+def test_half_a_character_may_complete_a_stop_string(end):
+    """It is U+FFFD only once the output has ended: the text still ends before it."""
+    params = OutputParams(stop="a\N{REPLACEMENT CHARACTER}")
+    reader = OutputReader(params, StopTokens(frozenset([END])), TOKENIZER)
+    half = TOKENIZER.encode("é")[0]
+    pieces = [reader.push(token).text for token in [B, A, half, *TOKENIZER.encode(end)]]
+    if not end:
+        pieces.append(reader.finish().text)
+    assert "".join(pieces) == "b"
+    assert (reader.finish_reason, reader.stop_reason) == ("stop", params.stop[0])
 
 
 def test_half_a_character_is_shown_at_the_end():

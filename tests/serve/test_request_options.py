@@ -157,7 +157,7 @@ def test_a_beam_search_stops_at_strings_and_stop_tokens():
 
 
 def test_a_beam_whose_last_text_completes_a_stop_string_says_so():
-    """Of "h" and "ghmore" the second may have begun first: the last token decides."""
+    """ "h" is complete, whatever "ghmore" that began before it would have needed."""
     word = MODEL.tokenizer.encode("abcdefgh")
 
     def spells(output, z):
