@@ -151,6 +151,11 @@ class BaseScheduler(ABC):
         self._finished += [SequenceUpdate(one, [], "error", error=error) for one in ended]
         return ended
 
+    def expire(self, request_id: abc.Hashable) -> None:
+        """End a request whose time is over; it is part of the next update."""
+        ended = self.abort(request_id, "timeout")
+        self._finished += [SequenceUpdate(one, [], "timeout") for one in ended]
+
     def reset_prefix_cache(self) -> None:
         """Forget every cached prefix. Running sequences are preempted: they compute their
         tokens again, so nothing that was computed before is read after this call.
@@ -288,6 +293,11 @@ class BaseScheduler(ABC):
         length = len(sequence.tokens)
         first = outcome[0] if outcome else SampledTokens((), "dropped")
         tokens = list(first.tokens[: sequence.remaining])
+        if sequence.drafts:
+            accepted = max(0, len(tokens) - 1)
+            sequence.drafted += len(sequence.drafts)
+            sequence.accepted += accepted
+            sequence.work += len(sequence.drafts) - accepted
         # Verified are the sequence's own tokens and the accepted drafts. The last token was
         # sampled from their logits; it is not computed yet.
         sequence.computed = length + max(0, len(tokens) - 1)
@@ -322,6 +332,7 @@ class BaseScheduler(ABC):
         self._forked[request.request_id] += 1
         child.tokens = [*parent.tokens[:length], *tokens]
         child.computed = parent.computed
+        child.computed_from = parent.computed
         child.slots = 1
         child.status = SequenceStatus.RUNNING
         self.memory.fork(parent, child)
@@ -340,6 +351,8 @@ class BaseScheduler(ABC):
         """Send a running sequence back to the queue, with its tokens, without their memory."""
         self.memory.release(sequence, preempted=True)
         self.running.remove(sequence)
+        sequence.work = sequence.computed_tokens
+        sequence.computed_from = 0
         sequence.computed = 0
         sequence.drafts = []
         sequence.status = SequenceStatus.WAITING

@@ -19,6 +19,7 @@ Left out: several devices, planning while the device computes, structured output
 
 from __future__ import annotations
 
+import time
 from collections import abc, deque
 from dataclasses import replace
 from itertools import count
@@ -36,10 +37,12 @@ from refllm.kv.paged import PagedKVCache
 from refllm.serve import factory
 from refllm.serve.adaptive_drafts import AdaptiveDrafting, propose_drafts
 from refllm.serve.base_scheduler import BaseScheduler
+from refllm.serve.deadlines import Deadlines
 from refllm.serve.isolation import Failures, sentence
 from refllm.serve.model_runner import ModelRunner, PromptRows, sample_outcomes
 from refllm.serve.outputs import EngineStats, RequestOutput
 from refllm.serve.plan import Outcome, Plan, SequenceKey, SequenceUpdate
+from refllm.serve.prompts import encode_prompt
 from refllm.serve.request import Request, Sequence
 from refllm.serve.request_state import Callback, RequestState, rules_of, validate_request
 
@@ -71,6 +74,7 @@ class Engine(EngineStats):
         poison: bool = False,
         seed: int | None = None,
         on_plan: abc.Callable[[Plan], object] | None = None,
+        clock: abc.Callable[[], float] = time.monotonic,
         **options: Unpack[factory.PolicyOptions],
     ):
         """``model`` is a ``Model``, or any record of config, weights and tokenizer.
@@ -93,6 +97,8 @@ class Engine(EngineStats):
             fill vacant blocks with NaN, so that reading a wrong slot shows.
         on_plan
             receives every plan before it is executed.
+        clock
+            seconds, for ``timeout`` and the times of outputs.
         """
         if seed is not None and seed < 0:
             raise InputError(f"the engine's seed is None or an integer, 0 or more, got {seed}")
@@ -106,6 +112,7 @@ class Engine(EngineStats):
         self.model = model
         self.drafter = drafter
         self.on_plan = on_plan
+        self.clock = clock
         self.cache = PagedKVCache(
             model.config, num_blocks, block_size, like=model.weights["norm"], poison=poison
         )
@@ -126,6 +133,7 @@ class Engine(EngineStats):
         self._requests: dict[abc.Hashable, RequestState] = {}
         self._seeds = np.random.default_rng(seed)
         self._ids = count()
+        self._deadlines = Deadlines()
         self._stepping = False
         self._reset_wanted = False  # the prefix cache is reset before the next plan
         # Held while a request is queued, planned, ended or recorded, and free while the network
@@ -161,6 +169,8 @@ class Engine(EngineStats):
                     f"request {request.request_id!r} has ended and its result was not taken: "
                     "use another id"
                 )
+            prompt = request.prompt
+            request = encode_prompt(request, self.model)
             validate_request(request, self.model.config)
             if callback is not None and request.num_sequences > request.n:
                 raise InputError(
@@ -168,11 +178,14 @@ class Engine(EngineStats):
                     "known when all have ended: submit it without a callback"
                 )
             rules = rules_of(request, self.model)
-            state = RequestState(request, callback, self.model, self.drafter, rules)
+            state = RequestState(request, callback, self.model, self.drafter, rules, self.clock)
+            state.output.prompt = prompt
             request_id = self.scheduler.submit(request)
             if request.seed is None:
                 state.seed = int(self._seeds.integers(2**63))
             self._requests[request_id] = state
+            if request.timeout is not None:
+                self._deadlines.add(state.output.submitted_at + request.timeout, request_id)
         return request_id
 
     def abort(self, request_id: abc.Hashable) -> bool:
@@ -246,6 +259,7 @@ class Engine(EngineStats):
         draft_q = self._draft(failures)  # what drafts were sampled from
         with self._lock:
             self._forget_old_weights()
+            self._expire()
             self._fail(failures)
             plan = self.scheduler.plan()
             assert self.scheduler.step is not None
@@ -308,6 +322,17 @@ class Engine(EngineStats):
         if self._runner.capture(self.model) or self._reset_wanted:
             self._reset_wanted = False
             self.scheduler.reset_prefix_cache()
+
+    def _expire(self) -> None:
+        """End the requests whose time is over; the updates say so at the end of the step."""
+        if not self._deadlines:
+            return
+        for request_id, deadline in self._deadlines.passed(self.clock()):
+            state = self._requests.get(request_id)
+            if state is None or state.request.timeout is None:
+                continue  # it has finished; another one may have its id now
+            if state.output.submitted_at + state.request.timeout <= deadline:
+                self.scheduler.expire(request_id)
 
     def _fail(self, failures: Failures) -> None:
         """End the requests that have failed; the updates say so at the end of the step."""
@@ -395,7 +420,8 @@ class Engine(EngineStats):
         assert state.search is not None
         dropped = [update.sequence for update in group if update.finish_reason == "dropped"]
         survivors = [update.sequence for update in group if update.finish_reason is None]
-        state.output.preemptions += sum(sequence.preemptions for sequence in dropped)
+        for sequence in dropped:
+            state.count(sequence)
         try:
             if survivors:
                 state.search.follow(survivors)
@@ -446,4 +472,5 @@ class Engine(EngineStats):
         for sequence in cut_off:
             state.record(SequenceUpdate(sequence, [], sequence.finish_reason))
         state.output.outputs = state.best_outputs()
+        state.output.finished_at = self.clock()
         self.results[request_id] = state.output

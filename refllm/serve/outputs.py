@@ -5,8 +5,10 @@
 |---------------|-----------------|---------------------------------------------------------------|
 | ``stop``      | None            | it generated an end token, which is not part of ``tokens``    |
 | ``stop``      | the stop string | its text reached a stop string, which is not part of ``text`` |
+| ``stop``      | the stop token  | it generated one of ``stop_token_ids``: not part of ``tokens``|
 | ``length``    | None            | it has ``max_tokens``                                         |
 | ``abort``     | None            | ``Engine.abort`` was called                                   |
+| ``timeout``   | None            | its ``timeout`` has passed since ``submit``                   |
 | ``error``     | None            | its logits were not finite, or its callback raised: ``error`` |
 
 The words are vLLM's. (It leaves the end token in ``tokens``.)
@@ -21,20 +23,43 @@ from refllm.decode.logprobs import PromptLogprobs
 from refllm.kv.paged import PagedKVCache
 from refllm.serve.base_scheduler import BaseScheduler
 from refllm.serve.prefix_caching import RadixKVManager
-from refllm.serve.request import Request
+from refllm.serve.request import Prompt, Request
 
 
 @dataclass
 class RequestOutput:
     """A finished request. ``outputs`` are in the order of their index; those of a beam search
-    have the best first.
+    have the best first. Times are those of the engine's clock, in seconds.
     """
 
-    request: Request
+    request: Request  # its prompt is token ids
     outputs: list[CompletionOutput] = field(default_factory=list)
+    prompt: Prompt | None = field(default=None, compare=False)  # as it was given
     preemptions: int = 0
+    cached_tokens: int = field(default=0, compare=False)  # of the prompt, in the prefix cache
+    computed_tokens: int = field(default=0, compare=False)  # through the network
+    drafted_tokens: int = field(default=0, compare=False)  # verified
+    accepted_tokens: int = field(default=0, compare=False)
+    submitted_at: float = field(default=0.0, compare=False)
+    first_token_at: float | None = field(default=None, compare=False)
+    finished_at: float | None = field(default=None, compare=False)
     error: str | None = None
     prompt_logprobs: PromptLogprobs | None = None
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt)
+
+    @property
+    def generated_tokens(self) -> int:
+        """Tokens of all outputs."""
+        return sum(len(output.tokens) for output in self.outputs)
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        """Seconds from ``submit`` to the first token; of a beam search to its end."""
+        return None if self.first_token_at is None else self.first_token_at - self.submitted_at
 
     @property
     def tokens(self) -> list[int]:

@@ -148,7 +148,9 @@ class RadixKVManager(PagedKVManager):
         if not self._make_room(-(-count // b), self._headroom(alone)):
             self.cache.unlock(found.node)
             return False
-        found = self.cache.match(tokens, salt=sequence.request.salt)  # again, to be recorded
+        # again, to be recorded; making room may have evicted a tree of which nothing was found,
+        # so what is locked is the first match
+        self.cache.match(tokens, salt=sequence.request.salt)
         table = BlockTable(self.pool)
         table.adopt(_pages(found.slots, b))
         table.reserve(count)

@@ -289,8 +289,9 @@ class Sequence:
     """
 
     __slots__ = (
-        "computed", "drafts", "finish_reason", "index", "key", "order", "preemptions",
-        "request", "slots", "status", "stop_reason", "tokens",
+        "accepted", "cached", "computed", "computed_from", "drafted", "drafts",
+        "finish_reason", "index", "key", "order", "preemptions", "request", "slots",
+        "status", "stop_reason", "tokens", "work",
     )  # fmt: skip
 
     def __init__(self, request: Request, index: int, order: int):
@@ -308,7 +309,18 @@ class Sequence:
         # Why it finished: "length", "abort", "dropped", or what the engine gave.
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
+        # counts; tokens [computed_from, computed) were computed since the last admission
         self.preemptions = 0
+        self.cached = 0  # tokens that the prefix cache had at the first admission
+        self.computed_from = 0
+        self.work = 0  # tokens computed before that, and rejected drafts
+        self.drafted = 0
+        self.accepted = 0
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens of it that went through the network."""
+        return self.work + self.computed - self.computed_from
 
     @property
     def total(self) -> int:

@@ -13,6 +13,7 @@ or on drafts.
 
 from __future__ import annotations
 
+import time
 from collections import abc
 from dataclasses import replace
 
@@ -151,6 +152,7 @@ class RequestState:
         model: ModelLike,
         make_drafter: abc.Callable[[], Drafter] | None = None,
         rules: OutputRules | None = None,
+        clock: abc.Callable[[], float] = time.monotonic,
     ):
         """``rules`` are those of ``rules_of``, computed here if they are missing."""
         self.request = request
@@ -167,7 +169,8 @@ class RequestState:
         self.num_logprobs = request.output.logprobs
         if self.num_logprobs is None and request.num_sequences > request.n:
             self.num_logprobs = 0  # best_of ranks by them
-        self.output = RequestOutput(request)
+        self.clock = clock
+        self.output = RequestOutput(request, submitted_at=clock())
         if request.output.prompt_logprobs is not None:
             self.output.prompt_logprobs = [None]
         self._make_drafter = make_drafter
@@ -208,6 +211,8 @@ class RequestState:
         sequence = update.sequence
         if self.output.error is None:
             self.output.error = update.error
+        if self.output.first_token_at is None and update.tokens:
+            self.output.first_token_at = self.clock()
         if update.finish_reason in ("abort", "error", "timeout"):
             self._record_cut_off(update)
             return
@@ -226,7 +231,16 @@ class RequestState:
         text = None if state.detokenizer is None else state.detokenizer.text
         ended_by = state.ended_by if update.finish_reason == "stop" else None
         self._add_output(sequence, text, ended_by, self._logprobs(sequence))
-        self.output.preemptions += sequence.preemptions
+        self.count(sequence)
+
+    def count(self, sequence: Sequence) -> None:
+        """Add what a finished sequence has counted to the request's output."""
+        output = self.output
+        output.preemptions += sequence.preemptions
+        output.cached_tokens += sequence.cached
+        output.computed_tokens += sequence.computed_tokens
+        output.drafted_tokens += sequence.drafted
+        output.accepted_tokens += sequence.accepted
 
     def _record_cut_off(self, update: SequenceUpdate) -> None:
         """Keep what a sequence has that was aborted or has failed, perhaps in the middle of a
@@ -244,7 +258,7 @@ class RequestState:
         if state is not None and state.detokenizer is not None:
             update.text = text[len(published) :]
         self._add_output(sequence, text, None, self._logprobs(sequence))
-        self.output.preemptions += sequence.preemptions
+        self.count(sequence)
 
     def _logprobs(self, sequence: Sequence) -> list[TokenLogprobs] | None:
         """The log-probabilities of a sequence's output; None if they are not asked for."""

@@ -223,6 +223,7 @@ class Scheduler(BaseScheduler):
             self.running.append(beam)
             beam.status = SequenceStatus.RUNNING
             beam.computed = hit
+            beam.computed_from = hit
             self._count_hit(beam, hit)
             step.plan.admitted.append(beam.key)
             if count:
@@ -235,5 +236,6 @@ class Scheduler(BaseScheduler):
             self.resumed_cached += hit
             self.resumed_queried += len(sequence.tokens)
         else:
+            sequence.cached = hit
             self.cached += hit
             self.queried += len(sequence.tokens)

@@ -7,11 +7,14 @@ token; here are the cases that need a case of their own.
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from refllm.api import Model
+from refllm.checkpoints.chat_template import ChatTemplates
 from refllm.decode.logprobs import Logprob
 from refllm.decode.speculative.ngram_drafter import NGramDrafter
 from refllm.serve.engine import Engine
@@ -287,3 +290,142 @@ def test_best_of_is_neither_streamed_nor_a_beam_search():
         Request(PROMPT, 2, n=2, best_of=2, beam=True)
     assert engine.submit(Request(PROMPT, 0, n=1, best_of=2, request_id="none")) == "none"
     assert [o.tokens for o in engine.run()["none"].outputs] == [[]]
+
+
+# --- prompts --------------------------------------------------------------------------------
+
+
+def test_a_text_prompt_is_encoded_as_generate_encodes_it():
+    asked = Request("abcd", 9, n=2, ignore_eos=True, request_id="r")
+    result = served(asked)
+    assert result.prompt == "abcd"
+    assert list(result.request.prompt) == MODEL.tokenizer.encode("abcd", special=True)
+    assert [o.text for o in result.outputs] == [MODEL.generate("abcd", 9, ignore_eos=True)] * 2
+    assert result.prompt_tokens == len(result.request.prompt)
+
+
+def test_messages_are_rendered_by_the_chat_template():
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if "
+    template += "add_generation_prompt %}<assistant>{% endif %}"
+    templates = ChatTemplates({"default": template})
+    model = Model(MODEL.config, MODEL.weights, MODEL.tokenizer, chat_templates=templates)
+    engine = Engine(model, num_blocks=20, block_size=4)
+    messages = [{"role": "user", "content": "Hi"}]
+    engine.submit(Request(messages, 5, request_id="r"))
+    result = engine.run()["r"]
+    assert model.tokenizer.decode(result.request.prompt) == "<user>Hi<assistant>"
+    assert result.text == model.chat(messages, 5)
+    assert result.prompt == (messages[0],)
+    plain = SimpleNamespace(config=MODEL.config, weights=MODEL.weights, tokenizer=MODEL.tokenizer)
+    with pytest.raises(ValueError, match="messages need a model with a chat template"):
+        Engine(plain, num_blocks=20).submit(Request(messages, 5))
+
+
+def test_a_long_prompt_is_truncated_from_the_left():
+    whole = served(Request(PROMPT, 9, ignore_eos=True, request_id="r"))
+    longer = Request([9, 9, *PROMPT], 9, ignore_eos=True, request_id="r", truncate_prompt_tokens=8)
+    cut = served(longer)
+    assert cut.tokens == whole.tokens
+    assert list(cut.request.prompt) == PROMPT
+    engine = Engine(MODEL, num_blocks=60, block_size=4)
+    engine.submit(Request([7] * 200, 6, request_id="r", truncate_prompt_tokens=-1))
+    assert len(engine.run()["r"].request.prompt) == 96 - 6  # room for the output is left
+    with pytest.raises(ValueError, match="no token ids yet"):
+        engine.scheduler.submit(Request("text", 5))
+    with pytest.raises(ValueError, match="no Unicode"):
+        engine.submit(Request("a\ud800", 5))
+
+
+# --- time and counts ------------------------------------------------------------------------
+
+
+class Clock:
+    """Seconds that the test sets."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("beam", [False, True])
+def test_a_request_times_out_with_what_it_has(beam):
+    clock = Clock()
+    received: list[Any] = []
+    engine = Engine(MODEL, num_blocks=14, block_size=4, poison=True, clock=clock)
+    engine.submit(Request(PROMPT, 9, n=3, beam=beam, timeout=5.0, request_id="r", ignore_eos=True),
+                  received.append)  # fmt: skip
+    engine.submit(Request([9, 9], 9, ignore_eos=True, request_id="other", timeout=99.0))
+    for second in range(1, 6):
+        engine.step()
+        clock.now = float(second)
+    assert engine.results == {}
+    engine.step()  # at its beginning 5 seconds have passed
+    result = engine.results["r"]
+    assert {o.finish_reason for o in result.outputs} == {"timeout"}
+    assert {len(o.tokens) for o in result.outputs} == {5}
+    assert result.text == MODEL.tokenizer.decode(result.tokens)
+    assert [update.finish_reason for update in received if update.finish_reason] == ["timeout"] * 3
+    engine.check()
+    assert len(engine.run()["other"].tokens) == 9
+    assert engine.used_blocks == 0
+
+
+def test_a_waiting_request_times_out_and_its_id_may_be_used_again():
+    clock = Clock()
+    engine = Engine(MODEL, num_blocks=14, block_size=4, max_sequences=1, clock=clock)
+    engine.submit(Request(PROMPT, 9, ignore_eos=True))
+    engine.submit(Request([3], 2, request_id="late", timeout=1.0))
+    engine.step()
+    clock.now = 1.0
+    engine.step()
+    late = engine.results.pop("late")
+    assert (late.tokens, late.finish_reason) == ([], "timeout")
+    engine.submit(Request([3], 2, request_id="late", timeout=1.5, ignore_eos=True))
+    engine.abort("late")
+    engine.results.pop("late")
+    engine.submit(Request([3], 2, request_id="late", timeout=50.0, ignore_eos=True))
+    clock.now = 2.6  # the deadline of the one that was aborted
+    assert len(engine.run()["late"].tokens) == 2
+
+
+def test_counts_of_requests_add_up_to_those_of_the_engine():
+    clock = Clock()
+    engine = crowded(drafter=lambda: NGramDrafter(3, shortest=1), clock=clock)
+    engine.submit(Request(PROMPT, 2, ignore_eos=True, request_id="first"))
+    engine.run()
+    before = engine.computed_tokens
+    clock.now = 10.0
+    for name, n in (("a", 1), ("b", 3), ("c", 1)):
+        engine.submit(Request([*PROMPT, 9, 9], 9, n=n, ignore_eos=True, request_id=name))
+        clock.now += 1.0
+    first = {}
+    while engine.unfinished:
+        for update in engine.step():
+            if update.tokens:
+                first.setdefault(update.request_id, clock.now)
+        clock.now += 1.0
+    results = engine.run()
+    assert sum(r.computed_tokens for r in results.values()) == engine.computed_tokens - before
+    assert sum(r.preemptions for r in results.values()) == engine.preemptions > 0
+    assert results["a"].cached_tokens == 8
+    assert results["a"].prompt_tokens == 10
+    assert results["b"].generated_tokens == 27
+    assert sum(r.drafted_tokens for r in results.values()) > 0
+    for r in results.values():
+        assert 0 <= r.accepted_tokens <= r.drafted_tokens
+        name = r.request.request_id
+        assert r.time_to_first_token == first[name] - r.submitted_at
+        assert r.finished_at >= r.first_token_at
+
+
+def test_accepted_drafts_are_counted():
+    """A loop of the output is drafted by its own n-grams, and every draft is accepted."""
+    asked = Request([3], 20, logit_bias={7: 1e4}, ignore_eos=True, request_id="r")
+    engine = Engine(MODEL, num_blocks=14, block_size=4, drafter=lambda: NGramDrafter(4, shortest=1))
+    engine.submit(asked)
+    result = engine.run()["r"]
+    assert result.tokens == [7] * 20
+    assert result.drafted_tokens == result.accepted_tokens > 10
+    assert result.computed_tokens == engine.computed_tokens == 20
