@@ -34,7 +34,7 @@ def prefer_fast_kernels(environ: MutableMapping[str, str] = os.environ) -> None:
     """
     if "numpy" in sys.modules or environ.get(VARIABLE):
         return
-    kernels = fast_kernels(_cpuinfo())
+    kernels = fast_kernels(read_cpuinfo())
     if kernels is not None:
         environ[VARIABLE] = kernels
 
@@ -55,7 +55,7 @@ def fast_kernels(cpuinfo: str) -> str | None:
     return AVX512_KERNELS if AVX512_FLAGS.issubset(facts.get("flags", "").split()) else None
 
 
-def _cpuinfo() -> str:
+def read_cpuinfo() -> str:
     """``/proc/cpuinfo``, empty where there is none."""
     try:
         return CPUINFO.read_text(encoding="utf-8", errors="replace")

@@ -87,7 +87,8 @@ def _rows(name: str, tensor: np.ndarray, config: ModelConfig) -> np.ndarray:
 class Engine:
     """The network and, for each batch shape, a context with room for it."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, threads: int = 1):
+        self.threads = threads
         llama_cpp.llama_log_set(_QUIET, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
         self.model = llama_cpp.llama_model_load_from_file(
@@ -103,8 +104,8 @@ class Engine:
             parameters.n_ctx = size * (-(-length // 256) * 256)
             parameters.n_batch = size * length
             parameters.n_seq_max = size
-            parameters.n_threads = 1
-            parameters.n_threads_batch = 1
+            parameters.n_threads = self.threads
+            parameters.n_threads_batch = self.threads
             parameters.type_k = 0  # GGML_TYPE_F32
             parameters.type_v = 0
             parameters.flash_attn_type = 0  # off, as in the tests that compare logits
