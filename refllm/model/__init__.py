@@ -9,7 +9,7 @@ In reading order:
 - ``layers``: RMSNorm, RoPE, SwiGLU
 - ``attention``: causal grouped-query attention: all scores at once, in tiles, merged
 - ``weights``: the ``Linear`` interface, and floating-point weights; ``weight_layout``: how they
-  lie in memory
+  lie in memory, ``helper_threads``: parts of a product at the same time
 - ``llama``: ``forward`` over a ragged batch, and the weight tree that it walks
 
 Captured steps, which compute the same with less overhead, are in ``decode.fast``.

@@ -22,7 +22,8 @@ measured at start-up, because layouts round differently: a model gives the same 
 run on one machine. What rounds how:
 
 - ``Blocks``: a row of the result has the same bits whatever rows are multiplied with it, up to
-  127 rows (``PACKED_FROM`` − 1).
+  127 rows (``PACKED_FROM`` − 1), and on any number of threads: OpenBLAS leaves such small
+  products to one thread, so the blocks of a large weight are divided among ``helper_threads``.
 - ``Tiles``, ``OneBlock``: the same for up to ``MATVEC_ROWS`` rows (6 and 3), which go one by
   one through the matrix-vector kernel.
 - Otherwise results are equal within rounding: N·ε·Σ|x w| bounds the difference in any order of
@@ -40,7 +41,8 @@ even 4 rows and a block of 64 columns stay below 10⁶ multiply-adds).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from functools import cache, partial
 from math import prod
 from typing import ClassVar, TypeGuard
@@ -49,6 +51,7 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from refllm.backend import NUMPY, Array, namespace
+from refllm.model.helper_threads import Call, helper_threads
 
 COLUMNS = 64  # a weight whose M is no multiple of this stays a matrix
 AVX512_KERNELS = ("SkylakeX", "Cooperlake", "SapphireRapids")  # OpenBLAS's names of its families
@@ -60,8 +63,6 @@ NARROW = 1024  # most output columns of a weight in tiles
 KERNEL_ROWS = 4  # rows that the AVX2 kernel takes at a time; it halves a rest of 1 to 3
 PADDED_BELOW = 64  # from so many rows on, padding the last few gains nothing measurable
 _CACHE_LINE = 64  # bytes, also of a vector: one that straddles two lines is read twice
-
-Call = Callable[[], object]
 
 
 class Blocks:
@@ -78,6 +79,9 @@ class Blocks:
     # by side for the product, which costs little and is as fast as one matrix.
     PACKED_FROM: ClassVar[int] = 128  # mutate: equivalent (speed alone)
     PACKED_SIZE: ClassVar[int] = 2**20  # elements of a weight that are laid side by side at a time
+    # elements × rows from which on helper threads save more than they cost; up to 4 rows take
+    # as long as one, which reads the weight from memory
+    DIVIDED_FROM: ClassVar[int] = 2**22
 
     def __init__(self, data: Array):
         count, n, width = data.shape
@@ -111,10 +115,24 @@ class Blocks:
         """``Dense.bind``: a call writes the product of what x[T, N] holds then to out[T, M]."""
         if x.shape[0] >= self.PACKED_FROM:  # mutate: equivalent (speed alone)
             return partial(self._multiply_side_by_side, x, out)
-        calls = self.products(x, out)
-        if len(calls) == 1:
-            return calls[0]
-        return lambda: [call() for call in calls]
+        shares = self.shares(x.shape[0])
+        if len(shares) == 1:
+            return _in_order(self.products(x, out))
+        width = self.data.shape[2]
+        calls = []
+        for first, last in shares:
+            columns = out[:, first * width : last * width]
+            calls.append(_in_order(type(self)(self.data[first:last]).products(x, columns)))
+        return partial(helper_threads(len(shares) - 1).run, calls)
+
+    def shares(self, rows: int) -> list[tuple[int, int]]:
+        """Ranges of blocks [first, last) that threads multiply at the same time."""
+        count = self.data.shape[0]
+        threads = 1
+        if self.DIVIDED_FROM <= self.data.size * max(rows, 4):
+            threads = min(blas_threads(), count)
+        ends = [count * i // threads for i in range(threads + 1)]
+        return list(itertools.pairwise(ends))
 
     def padded_rows(self, rows: int) -> int:
         """``Dense.padded_rows``: the number of rows, at least ``rows``, that is fastest."""
@@ -179,6 +197,7 @@ class Tiles(Blocks):
     WIDTH: ClassVar[int] = 32
     MATVEC_ROWS: ClassVar[int] = 6  # up to so many rows are multiplied one by one
     PACKED_FROM: ClassVar[int] = 24  # mutate: equivalent (speed alone)
+    DIVIDED_FROM: ClassVar[int] = 2**62  # never: with more threads there are no tiles
     PACKED_SIZE: ClassVar[int] = 2**17
 
     def padded_rows(self, rows: int) -> int:
@@ -208,6 +227,7 @@ class OneBlock(Blocks):
 
     MATVEC_ROWS: ClassVar[int] = 3  # up to so many rows are multiplied one by one
     PACKED_FROM: ClassVar[int] = 2**62  # never: the block is one matrix
+    DIVIDED_FROM: ClassVar[int] = 2**62  # never: OpenBLAS divides it
 
     @classmethod
     def width(cls, columns: int) -> int:
@@ -229,6 +249,13 @@ class OneBlock(Blocks):
     def rows(self, index: Array) -> Array:
         """``Blocks.rows``."""
         return self.data[0].T[index]
+
+
+def _in_order(calls: Sequence[Call]) -> Call:
+    """One call that makes all of them."""
+    if len(calls) == 1:
+        return calls[0]
+    return lambda: [call() for call in calls]
 
 
 def _padded_to_kernel(rows: int, matvec_rows: int) -> int:

@@ -91,6 +91,11 @@ TINY = {
         "--threads",
         "1",
     ],
+    "real": [
+        *["--batch", "1", "2", "--prompt", "3", "--new", "4", "--prefill", "5", "--steps", "1"],
+        *["2", "--context", "3", "--repeats", "1", "--rounds", "2", "--seconds", "0"],
+        *["--threads", "1", "2", "--engines"],
+    ],
     "training": [
         "--batch",
         "2",
@@ -223,6 +228,73 @@ def test_decode_measures_every_round_of_every_batch(tmp_path: Path, checkpoint: 
     assert str(checkpoint) in printed
 
 
+def test_real_measures_decoding_prefill_steps_and_bandwidth(
+    tmp_path: Path, checkpoint: Path
+) -> None:
+    record, printed = run("real", tmp_path, "refllm", "--model", str(checkpoint))
+    check_record(record, "real")
+    rated = [row for row in record["results"] if row["what"] != "steps"]
+    assert [(row["threads"], row["what"]) for row in rated] == [
+        (threads, what) for threads in (1, 2) for what in ("batch 1", "batch 2", "prefill")
+    ]
+    assert all(set(row["tokens_per_second"]) == {"refllm"} for row in rated)
+    assert rated[0]["targets"] == {"transformers": 2.0, "llama.cpp, F32": 0.9}
+    stepped = [row for row in record["results"] if row["what"] == "steps"]
+    assert [(row["threads"], row["engine"]) for row in stepped] == [(1, "refllm"), (2, "refllm")]
+    for row in stepped:
+        assert set(row["milliseconds"]) == set(row["to_one"]) == {"1", "2"}
+        assert row["to_one"]["1"]["median"] == 1
+        assert row["bandwidth_ratio"]["median"] > 0
+    for threads in (1, 2):
+        assert record["engines"][f"refllm, threads {threads}"]["threads"] == threads
+        assert record["agreement"][f"{threads} threads"]["refllm"]["equal"] == 3
+        for values in record["rounds"][str(threads)].values():
+            assert len(values["refllm"]) == 2
+    assert "relative to one" in printed
+
+
+def test_a_family_of_kernels_that_is_missing_is_recorded_as_not_run(
+    module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = module("real")
+    monkeypatch.delenv("OPENBLAS_CORETYPE", raising=False)
+    monkeypatch.setattr(real, "family", lambda core_type: "Haswell")
+    engines, missing = real.engines_here(["families"])
+    assert set(engines) == {"refllm"}
+    assert set(missing) == {"refllm, SkylakeX kernels"}
+    monkeypatch.setattr(real, "family", lambda core_type: core_type or "SkylakeX")
+    monkeypatch.setattr(real, "fast_kernels", lambda cpuinfo: None)
+    engines, missing = real.engines_here(["families"])
+    assert engines["refllm, Haswell kernels"].kernels == "Haswell"
+    assert engines["refllm"].kernels is None  # OpenBLAS's own choice
+    assert missing == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "margin", "void"),
+    [
+        ("transformers", 3e-4, False),
+        ("transformers", 5e-4, True),
+        ("llama.cpp, F32", 5e-4, False),
+        ("llama.cpp, F32", 7e-3, True),
+        ("llama.cpp, Q4_1", 5.0, False),  # it rounds activations: counted, not required
+    ],
+)
+def test_texts_on_the_real_model_part_at_near_ties_only(
+    module: Any, name: str, margin: float, void: bool
+) -> None:
+    real = module("real")
+    engines = {"refllm": scripted([[1, 2]]), name: scripted([[1, 0]])}
+    model = model_with([10.0, 0.0, 10.0 - margin])
+    if void:
+        with pytest.raises(SystemExit, match="parts from refllm at token 1"):
+            real.agreement(engines, model, [[5]], 2)
+        return
+    found = real.agreement(engines, model, [[5]], 2)[name]
+    assert (found["equal"], found["of"]) == (0, 2)
+    assert found["parted"][0] == {"token": 1, "margin": pytest.approx(margin)}
+
+
 def test_serving_measures_engine_control_plane_and_books(tmp_path: Path, checkpoint: Path) -> None:
     record, printed = run("serving", tmp_path, "engine", "static", "--model", str(checkpoint))
     check_record(record, "serving")
@@ -290,6 +362,17 @@ def test_decode_against_transformers(tmp_path: Path, checkpoint: Path) -> None:
         for name in engines:
             agreement = record["agreement"][str(row["batch"])][name]
             assert agreement["equal"] + len(agreement["near_ties"]) == row["batch"]
+
+
+@pytest.mark.oracle
+def test_real_against_transformers(tmp_path: Path, checkpoint: Path) -> None:
+    oracle("transformers")
+    # exits with an error if the tokens part
+    record, _ = run("real", tmp_path, "refllm", "transformers", "--model", str(checkpoint))
+    check_record(record, "real")
+    for row in record["results"]:
+        if row["what"] != "steps":
+            assert row["ratio"]["transformers"]["median"] > 0
 
 
 @pytest.mark.oracle

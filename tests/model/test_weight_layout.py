@@ -45,6 +45,7 @@ def test_matmul_is_the_plain_product(xp, weight, rows, most, many, wide, process
     # groups of at most ``most`` rows; below 4 there are no groups
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weight_layout, "SMALL_PRODUCT", most * COLUMNS * weight.shape[1])
+        patch.setattr(Blocks, "DIVIDED_FROM", 0)  # however small
         for layout in (Blocks, Tiles):
             patch.setattr(layout, "PACKED_FROM", many)
             # blocks side by side at a time
