@@ -58,10 +58,6 @@ _DEEPSEEK3 = (
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
     rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACE}"
 )
-_BAILING = (
-    r"'[sSdDmMtT]|'[lL][lL]|'[vV][eE]|'[rR][eE]|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    rf"|{_PUNCTUATION}|\s*[\r\n]|\s+(?!\S)|\s+"
-)
 _SEED = rf"{_CONTRACTION}|{_LETTERS}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACE}"
 _VIKING = r" ?[^(\s|.,!?…。，、।۔،)]+"
 # The letters of "deepseek-llm": those with a case, as an early version of Unicode had them
@@ -106,7 +102,6 @@ RULES: dict[str, tuple[str, ...]] = {
     "deepseek-v3": (r"\p{N}{1,3}", r"[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK3),
     "default": (r"[\p{P}$+<=>^~|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
     "falcon": (r"[\p{P}$+<=>^~|`]+", _GPT2, r"[0-9][0-9][0-9]"),
-    "bailingmoe": (_BAILING,),
     "seed-coder": (_SEED,),
     "viking": (_VIKING, r"\p{N}"),
     "poro-chat": (_VIKING,),
@@ -138,7 +133,7 @@ NAMES: dict[str, PreTokenizer] = {
     **_named("smaug-bpe dbrx chatglm-bpe", "llama-bpe"),
     **_named("glm4 glm5", "llama-bpe", ignore_merges=True),
     **_named("qwen2 deepseek-r1-qwen megrez kormo f2llmv2", "qwen2"),
-    **_named("stablelm2 hunyuan solar-open grok-2", "qwen2"),
+    **_named("stablelm2 hunyuan solar-open grok-2 bailingmoe bailingmoe2 llada-moe", "qwen2"),
     **_named("qwen35", "qwen35"),
     **_named("smollm starcoder refact command-r codeshell exaone minerva-7b mellum2", "smollm"),
     **_named("tekken", "tekken", ignore_merges=True, add_bos=True),
@@ -147,7 +142,6 @@ NAMES: dict[str, PreTokenizer] = {
     **_named("deepseek-coder", "deepseek-coder"),
     **_named("deepseek-v3 hunyuan-dense joyai-llm hy_v4", "deepseek-v3"),
     **_named("falcon", "falcon"),
-    **_named("bailingmoe bailingmoe2 llada-moe", "bailingmoe"),
     **_named("seed-coder", "seed-coder"),
     **_named("viking", "viking"),
     **_named("poro-chat bloom gpt3-finnish", "poro-chat"),

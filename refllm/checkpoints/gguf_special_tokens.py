@@ -112,7 +112,7 @@ def special_tokens(metadata: JsonView, where: str) -> SpecialTokens:
             found.setdefault(key, i)
     for key, adds in (("bos", add_bos), ("eos", add_eos)):
         if adds and key not in found:
-            raise CheckpointError(f"{where}: the tokenizer adds a {key.upper()} token and has none")
+            raise CheckpointError(f"{where}: texts get the {key.upper()} token, but there is none")
 
     if model == "llama" and "eos" in found:
         named.setdefault("eos", found["eos"])
@@ -136,7 +136,8 @@ def _ends(ids: Mapping[str, int], named: Mapping[str, int], types: list[int]) ->
     """Ids that end a generation, by key and by spelling; ``types`` of recognised tokens are
     changed in place.
     """
-    ends = [named[key] for key in _END_KEYS if key in named]
+    keyed = [named[key] for key in _END_KEYS if key in named]
+    ends = set(keyed)
     for key, spellings in _FILL_SPELLINGS.items():
         filler = named.get(key)
         if filler is None:
@@ -144,10 +145,10 @@ def _ends(ids: Mapping[str, int], named: Mapping[str, int], types: list[int]) ->
             if filler is not None:
                 types[filler] = CONTROL
         if filler is not None and key in _ENDING_FILLS:
-            ends.append(filler)
+            ends.add(filler)
     for token in _END_SPELLINGS & ids.keys():
         types[ids[token]] = CONTROL
-        ends.append(ids[token])
+        ends.add(ids[token])
     for token in _ALWAYS_PARSED:
         if token in ids:
             types[ids[token]] = USER_DEFINED
@@ -160,8 +161,9 @@ def _ends(ids: Mapping[str, int], named: Mapping[str, int], types: list[int]) ->
     if "</s>" in spelled and _NORMAL_S in spelled:
         dropped.add(ids["</s>"])
         types[ids["</s>"]] = NORMAL
-    in_order = dict.fromkeys([*ends[:1], *sorted(ends)])  # the id of a key first
-    return tuple(i for i in in_order if i not in dropped)
+    ends -= dropped
+    first = [i for i in keyed[:1] if i in ends]
+    return tuple(dict.fromkeys([*first, *sorted(ends)]))
 
 
 def token_list(metadata: JsonView, where: str) -> list[str]:

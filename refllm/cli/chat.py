@@ -7,7 +7,7 @@ import sys
 from typing import Annotated
 
 from refllm.cli.main import keep_freed_memory
-from refllm.cli.options import AnyModelOption, BackendOption, WeightsOption, opt
+from refllm.cli.options import AnyModelOption, BackendOption, TokenizerOption, WeightsOption, opt
 from refllm.cli.sampling_options import (
     MinPOption,
     RepetitionPenaltyOption,
@@ -41,6 +41,7 @@ def chat(
     repetition_penalty: RepetitionPenaltyOption = 1.1,
     seed: SeedOption = None,
     weights: WeightsOption = "auto",
+    tokenizer: TokenizerOption = None,
     threads: ThreadsOption = None,
     backend: BackendOption = "numpy",
 ) -> None:
@@ -76,7 +77,7 @@ def chat(
     interactive = sys.stdin.isatty()
     if interactive:
         note(f"loading {model} …")
-    loaded = load(model, backend, weights=weights)
+    loaded = load(model, backend, weights=weights, tokenizer=tokenizer)
     seed = seed_or_random(seed)
     loop = ChatLoop(loaded.conversation(system, rng=seed), sampling, max_tokens, interactive)
     if interactive:

@@ -17,7 +17,14 @@ from refllm.cli.cache_options import (
     kivi_from_options,
 )
 from refllm.cli.main import keep_freed_memory
-from refllm.cli.options import AnyModelOption, BackendOption, JsonOption, WeightsOption, opt
+from refllm.cli.options import (
+    AnyModelOption,
+    BackendOption,
+    JsonOption,
+    TokenizerOption,
+    WeightsOption,
+    opt,
+)
 from refllm.cli.threads import ThreadsOption, use_threads
 from refllm.terminal import console, note, progress, table
 
@@ -64,6 +71,7 @@ def evaluate(
     kv_residual: KvResidualOption = None,
     seed: SeedOption = 0,
     weights: WeightsOption = "auto",
+    tokenizer: TokenizerOption = None,
     as_json: JsonOption = False,
     threads: ThreadsOption = None,
     backend: BackendOption = "numpy",
@@ -98,7 +106,7 @@ def evaluate(
     documents = read_files(text) if text else held_out_documents()
     keep_freed_memory()
     computing = use_threads(threads)
-    loaded = load(model, backend, weights=weights)
+    loaded = load(model, backend, weights=weights, tokenizer=tokenizer)
     kivi = kivi_from_options(loaded.config, kv_bits, kv_group, kv_residual)
     window, stride = checked_windows(loaded, window, stride)
     attend = None
@@ -115,7 +123,7 @@ def evaluate(
             against = None
             score = perplexity.evaluate(loaded, documents, **settings, progress=advance)
         else:
-            other = load(reference, backend, weights=weights)
+            other = load(reference, backend, weights=weights, tokenizer=tokenizer)
             rng = np.random.default_rng(seed)
             against = comparison.compare(
                 loaded, other, documents, rng=rng, **settings, progress=advance

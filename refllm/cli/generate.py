@@ -31,6 +31,7 @@ from refllm.cli.main import keep_freed_memory
 from refllm.cli.options import (
     AnyModelOption,
     BackendOption,
+    TokenizerOption,
     WeightsOption,
     flag,
     opt,
@@ -101,6 +102,7 @@ def generate(
     kv_keep: KvKeepOption = None,
     kv_policy: KvPolicyOption = None,
     weights: WeightsOption = "auto",
+    tokenizer: TokenizerOption = None,
     threads: ThreadsOption = None,
     backend: BackendOption = "numpy",
 ) -> None:
@@ -144,7 +146,7 @@ def generate(
     keep_freed_memory()
     computing = use_threads(threads)
     drafter = drafter_from_options(draft, gamma, tree, backend)
-    loaded = load(model, backend, weights=weights)
+    loaded = load(model, backend, weights=weights, tokenizer=tokenizer)
     cache = sparse or kivi_from_options(loaded.config, kv_bits, kv_group, kv_residual)
     display = None if drafter is None else DraftDisplay(loaded.tokenizer)
     ids = prompt_ids(loaded, text, chat)

@@ -7,6 +7,7 @@ above the command that takes it; its default stands in the command's signature.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -73,6 +74,14 @@ WeightsOption = Annotated[
         "into half of the free memory.",
         "--weights",
         metavar="auto|float|stored",
+    ),
+]
+TokenizerOption = Annotated[
+    Path | None,
+    opt(
+        "Read the tokenizer.json of this folder in place of the model's own tokenizer.",
+        "--tokenizer",
+        metavar="DIR",
     ),
 ]
 JsonOption = Annotated[bool, flag("Print one JSON object instead of text.", "--json")]

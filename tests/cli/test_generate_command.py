@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,20 @@ def test_generate_prints_only_what_is_new(model, text_file):
     short = text_file.with_name("prompt")
     short.write_text("def f")
     assert run("generate", "--prompt-file", short, "--model", model, "-n", "20").stdout == expected
+
+
+def test_generate_takes_another_tokenizer(model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "m")
+    (tmp_path / "named").mkdir()
+    shutil.move(folder / "tokenizer.json", tmp_path / "named")
+    lost = run("generate", "def f", "--model", folder)
+    assert lost.exit_code == 2
+    assert "has no tokenizer that refllm reads" in lost.stderr
+    assert "--tokenizer DIR" in lost.stderr
+    found = run(
+        "generate", "def f", "--model", folder, "--tokenizer", tmp_path / "named", "-n", "9"
+    )
+    assert found.stdout == as_lines(load(model, "numpy").generate("def f", 9))
 
 
 def test_generate_passes_every_sampling_option_on(model):
