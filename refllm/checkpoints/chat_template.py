@@ -117,7 +117,8 @@ class ChatTemplates:
 
         source = self.source(template, tools=tools is not None)
         chat = checked_messages(messages)
-        names = {name: literal(token) for name, token in self.special_tokens.items()}
+        names: dict[str, Any] = {}
+        names |= {name: literal(token) for name, token in self.special_tokens.items()}
         names |= plain_value(options, "the template's options")
         names["messages"] = chat
         names["tools"] = _dicts("tools", tools)
@@ -169,7 +170,9 @@ def _checked(message: Message, where: str) -> dict[str, Any]:
         raise InputError(
             f"{where} must be a dict with a role and a content, got {type(message).__name__}"
         )
-    plain = plain_value({key: v for key, v in message.items() if v is not None}, where)
+    plain: dict[str, Any] = plain_value(
+        {key: v for key, v in message.items() if v is not None}, where
+    )
     role = plain.get("role")
     if not isinstance(role, str) or not role:
         raise InputError(f"{where} needs a role, such as 'user', got {role!r}")

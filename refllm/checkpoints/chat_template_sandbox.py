@@ -32,11 +32,12 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.filters import sync_do_join
 from jinja2.parser import Parser
 from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from refllm.checkpoints.chat_template_text import TemplateText, concat, literal
@@ -207,7 +208,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     """The sandbox with the names of chat templates."""
 
     code_generator_class = _CodeGenerator
-    concat = staticmethod(concat)  # type: ignore[assignment]
+    concat = staticmethod(concat)
     intercepted_binops = frozenset(("*", "**"))
 
     def __init__(self) -> None:

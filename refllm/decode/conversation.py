@@ -21,7 +21,7 @@ caller can append their results to ``messages``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -126,7 +126,7 @@ class Conversation:
         sampling: SamplingParams = GREEDY,
         on_prompt: Callable[[], object] | None = None,
         on_token: Callable[[int], object] | None = None,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """Yield the answer to a user's message, in whole characters.
 
         Message and answer join ``messages`` when the answer ends, or is ended: an answer that
