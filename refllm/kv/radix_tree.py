@@ -73,8 +73,8 @@ class RadixCache:
         self.splits = 0
         self.evicted = 0
         self._clock = 0
-        # One tree per salt: tenants never see each other's prefixes. An empty tree is not kept:
-        # a match in it ends at ``_no_tree``.
+        # One tree per salt: tenants never see each other's prefixes. An empty tree is kept only
+        # while it is locked; where there is none, a match ends at ``_no_tree``.
         self._roots: dict[Hashable, Node] = {}
         self._no_tree = Node((), [], None, 0)
         self._leaves: dict[Node, None] = {}  # unlocked leaves, which ``evict`` may take
@@ -158,6 +158,7 @@ class RadixCache:
                 self.protected -= len(above)
                 self.evictable += len(above)
                 self._offer(above)
+                self._drop_empty(above)
             above = above.parent
 
     def evict(self, count: int) -> int:
@@ -187,8 +188,8 @@ class RadixCache:
             if self._offer(parent):
                 order += 1
                 heapq.heappush(heap, (rank(parent), order, parent))
-            elif parent.parent is None and not parent.children:
-                del self._roots[parent.salt]  # the last token under this salt
+            else:
+                self._drop_empty(parent)
         self.evictable -= freed
         self.evicted += freed
         return freed
@@ -269,6 +270,12 @@ class RadixCache:
         self._leaves[node] = None
         return True
 
+    def _drop_empty(self, node: Node) -> None:
+        """Forget a tree if ``node`` is its root, holds no token any more and is not locked."""
+        empty = node.parent is None and not node.children and not node.locks
+        if empty and self._roots.get(node.salt) is node:
+            del self._roots[node.salt]
+
     def check(self) -> None:
         """AssertionError if an invariant of the tree is broken."""
         size = {True: 0, False: 0}
@@ -286,7 +293,9 @@ class RadixCache:
             size[node.locks > 0] += len(node)
             if not node.children and not node.locks:
                 leaves.add(node)
-        assert all(root.children for root in self._roots.values()), "an empty tree is kept"
+        assert all(root.children or root.locks for root in self._roots.values()), (
+            "an empty tree is kept"
+        )
         assert (self.evictable, self.protected) == (size[False], size[True]), "the sizes are wrong"
         assert leaves == set(self._leaves), "the candidates for eviction are wrong"
         slots = [s for node in self.nodes() for s in node.slots]

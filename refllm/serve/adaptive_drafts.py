@@ -75,13 +75,18 @@ def propose_drafts(
     for sequence, of_request in asked:
         try:
             state = of_request.sequence_state(sequence.index)
+        except Exception as error:
+            failures.add(sequence.request.request_id, "state", error)
+            continue
+        try:
             assert state.drafter is not None
             count = min(state.drafter.gamma, sequence.remaining - 1)
-            sampling = sequence.request.sampling
-            request = DraftRequest(sequence.tokens, count, sampling, state.rng, 0)
-            ready.append((sequence, state.drafter, request))
-        except Exception as error:
+        except Exception as error:  # gamma is the drafter's own
             failures.add(sequence.request.request_id, "draft", error)
+            continue
+        sampling = sequence.request.sampling
+        request = DraftRequest(sequence.tokens, count, sampling, state.rng, 0)
+        ready.append((sequence, state.drafter, request))
     errors: dict[int, Exception] = {}  # place in ``ready`` → what its drafter raised
     if isinstance(drafter, AdaptiveDrafting):
         pairs = [(one, request) for _, one, request in ready]

@@ -538,6 +538,39 @@ def test_a_stop_string_ends_the_text_before_it():
     assert engine.used_blocks == 0
 
 
+@pytest.mark.theorem(
+    "Of several stop strings the first that is complete ends the text, at the last token, before "
+    "the end token and with room for more: the reason says so, and no further token is sampled",
+    source="serve/request_state.py, decode/detokenizer.py",
+)
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("streams", [False, True])
+def test_several_stop_strings_end_the_text_at_once(seed, streams):
+    model = served_model()
+    settings: dict[str, Any] = {"seed": seed, "temperature": 1.0}
+    tokens = without_end(alone(Request(PROMPTS[0], 12, **settings))[0], Request(PROMPTS[0]))
+    texts = [model.tokenizer.decode(tokens[:n]) for n in range(len(tokens) + 1)]
+    for n in range(1, len(tokens) + 1):
+        text = texts[n]
+        stop = text[-1:]
+        last = n == len(tokens)  # of an output that an end token follows, or max_tokens
+        if stop in texts[n - 1] or (stop == "\ufffd" and not last):
+            continue  # it was complete earlier, or the next token decides what it is
+        longer = text[-3:] + "QQ"  # has begun before, and is never complete
+        for room in (n,) if stop == "\ufffd" else (n, n + 1, 12):
+            engine = Engine(model, num_blocks=40)
+            received: list[SequenceUpdate] = []
+            request = Request(PROMPTS[0], room, stop=[stop, longer], **settings)
+            name = engine.submit(request, received.append if streams else None)
+            result = engine.run()[name]
+            assert (result.finish_reason, result.stop_reason) == ("stop", stop)
+            assert result.tokens == tokens[:n]
+            assert result.text == text[:-1]
+            assert engine.sampled_tokens == n
+            if streams:
+                assert "".join(update.text for update in received) == result.text
+
+
 def test_a_callback_that_raises_ends_its_own_request(busy):
     def raises(update: SequenceUpdate) -> None:
         raise KeyError("lost")

@@ -132,9 +132,12 @@ class RepeatDrafter:
 
 
 class FailingTokenizer:
-    def __init__(self, inner: Any, fuse: Fuse):
-        self.inner = inner.inner
-        self.decode = fuse.wrap(inner.decode)
+    def __init__(self, tokenizer: Any, fuse: Fuse):
+        self._tokenizer = tokenizer
+        self.decode = fuse.wrap(tokenizer.decode)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
 
 
 class FailingProcessors:
