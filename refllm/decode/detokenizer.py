@@ -151,7 +151,6 @@ class StopStrings:
         other._held = self._held
         other._stopping = self._stopping
         other._ignored = self._ignored
-        other._stopping = self._stopping
         return other
 
     def push(self, text: str, *, stopping: bool = True) -> str:

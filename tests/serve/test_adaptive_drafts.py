@@ -311,7 +311,12 @@ def test_gamma_follows_acceptance_and_probes():
     assert off[0] > 0
     assert set(off[8:]) == {0, 1}
     assert 1 <= sum(off[8:]) <= 3  # a probe now and then
-    assert make(None)().propose([1, 2, 1], 9, GREEDY, np.random.default_rng(0)).tokens == [2, 1]
+    assert make(None)().propose([1, 2, 1], 9, GREEDY, np.random.default_rng(0)).tokens == [
+        2,
+        1,
+        2,
+        1,
+    ]
 
 
 def test_a_new_sequence_starts_with_the_shared_acceptance_and_failed_probes_become_rarer():
