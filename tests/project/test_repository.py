@@ -86,7 +86,7 @@ def test_what_the_package_imports_is_what_it_declares():
                 m.split(".")[0]: f"refllm/{MODULES[name].relative_to(PACKAGE)}:{node.lineno}"
                 for m in modules
             }
-    optional = {"cupy", "cupyx"}  # the extras gpu and gpu-cuda13
+    optional = {"cupy", "cupyx", "huggingface_hub"}  # the extras gpu, gpu-cuda13 and hub
     third = {
         m: where
         for m, where in imported.items()
