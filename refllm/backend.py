@@ -20,7 +20,7 @@ from refllm.array_types import Array as Array  # "as": meant to be imported from
 from refllm.array_types import DType as DType
 from refllm.array_types import Namespace as Namespace
 from refllm.array_types import Operand as Operand
-from refllm.errors import InputError
+from refllm.errors import InputError, alternatives
 
 NUMPY = cast(Namespace, np)  # numpy itself, under the type that namespace() gives
 NAMES = ("numpy", "cupy")
@@ -97,7 +97,7 @@ def get(name: str | None = None) -> Namespace:
     """
     name = name or os.environ.get(ENVIRONMENT_VARIABLE) or "numpy"
     if name not in NAMES:
-        raise InputError(f"unknown backend {name!r}; choose one of {', '.join(NAMES)}")
+        raise InputError(f"unknown backend {name!r}; {alternatives(name, NAMES)}")
     if name == "numpy":
         return NUMPY
     if "cupy" not in sys.modules and importlib.util.find_spec("cupy") is None:

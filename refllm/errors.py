@@ -11,6 +11,9 @@ Left out: wrong types in a call (``TypeError``), files that the system cannot op
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class InputError(ValueError):
     """An argument, a file or an option that cannot be used; the message says what to do."""
@@ -18,3 +21,26 @@ class InputError(ValueError):
 
 class UnsupportedModel(InputError):
     """A configuration asks for something that refllm does not compute."""
+
+
+def alternatives(name: object, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name: what there is, and the nearest of it.
+
+    >>> alternatives("gtpq", ["rtn", "gptq"])
+    "choose one of rtn, gptq; did you mean 'gptq'?"
+    >>> alternatives(8, ["rtn", "gptq"])
+    'choose one of rtn, gptq'
+    """
+    listed = list(known)
+    return f"choose one of {', '.join(listed)}{did_you_mean(name, listed)}"
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` where one of the names is near; letter case counts for nothing.
+
+    >>> did_you_mean("Stdlb", ["stdlib", "smollm2"]), did_you_mean("x", ["stdlib"])
+    ("; did you mean 'stdlib'?", '')
+    """
+    folded = {each.casefold(): each for each in reversed(list(known))}
+    near = difflib.get_close_matches(str(name).casefold(), folded, n=1)
+    return f"; did you mean {folded[near[0]]!r}?" if near else ""

@@ -55,7 +55,7 @@ from refllm.model.config import ModelConfig
 from refllm.model.llama import Weights, build
 from refllm.model.rope import rope_frequencies
 
-__all__ = ["GGUFTensors", "load", "open_file"]
+__all__ = ["GGUFTensors", "load", "open_file", "read_config"]
 
 
 def open_file(path: str | Path) -> GGUFFile:
@@ -68,6 +68,12 @@ def open_file(path: str | Path) -> GGUFFile:
         raise CheckpointError(str(error)) from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """The network's shape, from the metadata alone; CheckpointError for anything wrong."""
+    with open_file(path) as file:
+        return GGUFTensors(file, None, None).config
 
 
 def load(

@@ -148,7 +148,7 @@ def _directory(path: str | Path) -> Path:
     if directory.is_file() and directory.suffix == ".gguf":
         raise CheckpointError(
             f"{directory} is a GGUF file: here a Hugging Face directory is needed; load, "
-            "generate, eval and convert read GGUF"
+            "generate, chat, eval, info, simulate and convert read GGUF"
         )
     if not directory.is_dir():
         raise CheckpointError(

@@ -18,15 +18,15 @@ is installed without them and found without being imported.
 
 from __future__ import annotations
 
-import difflib
 import os
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
 from refllm.checkpoints.hub import fetch, split_name
 from refllm.checkpoints.tensor_files import CheckpointError
 from refllm.checkpoints.writer import file_sha256
-from refllm.errors import InputError
+from refllm.errors import InputError, did_you_mean
 
 __all__ = ["BUNDLED", "bundled", "is_gguf", "locate", "names"]
 
@@ -49,9 +49,15 @@ def names() -> list[str]:
     return [*bundled(), SMOLLM2]
 
 
-def locate(path_or_name: str | os.PathLike[str], revision: str | None = None) -> Path:
+def locate(
+    path_or_name: str | os.PathLike[str],
+    revision: str | None = None,
+    *,
+    more: Iterable[str] = (),
+) -> Path:
     """The directory or file of a named model, or the path itself; ``revision`` is a branch, a
-    tag or a commit of a model of the Hugging Face Hub.
+    tag or a commit of a model of the Hugging Face Hub. ``more`` are names that the caller
+    knows besides, for the sentence about an unknown one.
 
     Raises
     ------
@@ -74,7 +80,7 @@ def locate(path_or_name: str | os.PathLike[str], revision: str | None = None) ->
             "here already"
         )
     if not os.path.exists(path):  # unlike Path's, False for a name that the file system cannot hold
-        raise CheckpointError(_unknown(os.fspath(path_or_name)))
+        raise CheckpointError(_unknown(os.fspath(path_or_name), [*names(), *more]))
     return path
 
 
@@ -89,11 +95,12 @@ def _locate_named(name: str, path: Path, revision: str | None) -> Path | None:
     return fetch(name, revision)
 
 
-def _unknown(name: str) -> str:
+def _unknown(name: str, known: list[str]) -> str:
     """The sentence for a name that is nothing, with the nearest that is something."""
-    near = difflib.get_close_matches(name, names(), n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"{name!r} is neither a folder nor a bundled model ({', '.join(names())}){hint}"
+    return (
+        f"{name!r} is neither a folder nor a bundled model ({', '.join(known)})"
+        f"{did_you_mean(name, known)}"
+    )
 
 
 def _locate_smollm2() -> Path:

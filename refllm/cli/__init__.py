@@ -10,7 +10,8 @@ stream. Heavy imports stand inside the commands, so that ``refllm --help`` start
                      belong to it
 - ``chat``           ``refllm chat``: talk to a chat model; ``chat_loop`` reads and answers
 - ``evaluate``       ``refllm eval``: perplexity, bits per byte, KL to a reference model
-- ``info``           ``refllm info``: what a checkpoint holds
+- ``info``           ``refllm info``: what a checkpoint holds, found by ``model_facts`` and
+                     ``model_oddities``
 - ``quantize``       ``refllm quantize``: a checkpoint in fewer bits
 - ``convert``        ``refllm convert``: a checkpoint as a GGUF file
 - ``train``          ``refllm train``: a small model from text files

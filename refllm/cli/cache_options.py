@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 from refllm.cli.options import opt
-from refllm.errors import InputError
+from refllm.errors import InputError, alternatives
 
 if TYPE_CHECKING:
     from refllm.kv.interface import CachePolicy
@@ -82,7 +82,7 @@ def sparse_from_options(keep: int | None, name: str | None) -> SparsePolicy | No
         "recent": sparse.recent_only,
     }
     if name is not None and name not in policies:
-        raise InputError(f"unknown --kv-policy {name}; choose one of {', '.join(policies)}")
+        raise InputError(f"unknown --kv-policy {name}; {alternatives(name, policies)}")
     return policies[name or "snapkv"](keep)
 
 

@@ -1,15 +1,16 @@
-"""``refllm info``: what a checkpoint is, from its headers alone; no weight is read."""
+"""``refllm info``: what a checkpoint is, from its headers alone; no weight is read.
+
+What is said is found by ``model_facts``; here it is printed.
+"""
 
 from __future__ import annotations
 
 import json
-import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from refllm.cli.options import BackendOption, JsonOption, ModelOption, flag
+from refllm.cli.options import BackendOption, JsonOption, WeightsOption, flag, opt
 from refllm.errors import InputError
 from refllm.terminal import console, format_bytes, pairs, table
 
@@ -17,126 +18,57 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from refllm.array_types import Json
-    from refllm.checkpoints.tokenizer import Tokenizer
 
+NameArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[MODEL]",
+        help="A bundled model, smollm2, a Hugging Face directory, a GGUF file or a name on the "
+        "Hub; stdlib if none is named.",
+    ),
+]
+ModelOption = Annotated[
+    str | None, opt("The model, as an option.", "--model", "-m", metavar="NAME|DIR|FILE")
+]
 VerifyOption = Annotated[bool, flag("Compare every file with its recorded hash.", "--verify")]
 
 
 def info(
-    model: ModelOption = "stdlib",
+    name: NameArgument = None,
+    model: ModelOption = None,
     verify: VerifyOption = False,
+    weights: WeightsOption = "auto",
     as_json: JsonOption = False,
     backend: BackendOption = "numpy",
 ) -> None:
     """Show what a model is.
 
-    Architecture, sizes, tokenizer, training record and files, from headers alone: no weight
-    is read.
+    Architecture, types and sizes of its tensors, tokenizer, chat template, what is unusual
+    about it, training record and files, from headers alone: no weight is read.
 
     \b
     Examples:
       refllm info
-      refllm info --model ./Llama-3.2-1B --json
+      refllm info smollm2
+      refllm info model-Q4_K_M.gguf --weights stored
+      refllm info ./Llama-3.2-1B --json
       refllm info --verify
     """
-    from refllm.checkpoints.loading import locate
+    from refllm.backend import get
+    from refllm.checkpoints.sources import locate
+    from refllm.cli.model_facts import describe
 
-    facts = describe(locate(model), verify=verify) | {"runs on": device(backend)}
+    if name is not None and model is not None:
+        raise InputError("name one model: as an argument, or with --model")
+    path = locate(name or model or "stdlib")
+    runs_on = device(backend)
+    facts = describe(path, get(backend), weights=weights, verify=verify) | {"runs on": runs_on}
     if as_json:
         typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
     else:
         _show(facts)
     if any(file["state"] in ("differs", "missing") for file in facts["files"]):
         raise typer.Exit(1)
-
-
-def describe(directory: Path, *, verify: bool = False) -> Json:
-    """Everything that ``info`` prints, as plain data.
-
-    Raises
-    ------
-    CheckpointError
-        if the directory is no checkpoint that refllm reads.
-    """
-    from refllm.checkpoints.loading import NetworkTensors, read_config
-    from refllm.checkpoints.quantization_files import read_quantization
-    from refllm.checkpoints.tensor_files import FLOATS, INTEGERS, TensorFiles, host_dtype
-    from refllm.checkpoints.tokenizer import Tokenizer
-    from refllm.measure.memory import kv_bytes_per_token
-
-    config = read_config(directory)
-    names = FLOATS | INTEGERS
-    quantization = read_quantization(directory)
-    with TensorFiles(directory) as files:
-        NetworkTensors(files, config, quantization, None, None).check()
-        types = {name: names.get(files.dtype(name), files.dtype(name)) for name in files}
-        stored = sum(
-            math.prod(files.shape(n)) * host_dtype(types[n]).itemsize
-            for n in files
-            if types[n] in names.values()
-        )
-    tokenizer = Tokenizer.from_file(directory / "tokenizer.json")
-    return {
-        "model": directory.resolve().name,
-        "config": config.to_hf(),
-        "parameters": config.num_parameters,
-        "weights": {
-            "types": sorted(set(types.values())),
-            "bytes": stored,
-            "bits per weight": 8 * stored / config.num_parameters,
-            "quantised": None if quantization is None else str(quantization),
-        },
-        "KV cache bytes per token": {
-            name: int(kv_bytes_per_token(config, bits))
-            for name, bits in (("float16", 16), ("float32", 32))
-        },
-        "tokenizer": {
-            "kind": type(tokenizer.inner.model).__name__,
-            "tokens": tokenizer.vocab_size,
-            "begin": _spelling(tokenizer, config.bos_token_id),
-            "end": [_spelling(tokenizer, i) for i in config.eos_token_ids],
-        },
-        "card": _read_json(directory / "card.json"),
-        "files": list_files(directory, verify=verify),
-    }
-
-
-def list_files(directory: Path, *, verify: bool) -> list[Json]:
-    """Each file of the directory or its manifest: name, size, recorded hash and state.
-
-    The state is "recorded" or "not recorded" in the manifest, "the record" (the manifest
-    itself), "missing", or with ``verify`` "verified" or "differs".
-    """
-    manifest = _read_json(directory / "manifest.json") or {}
-    recorded = manifest.get("files", {})
-    if not isinstance(recorded, dict) or not all(isinstance(f, dict) for f in recorded.values()):
-        raise InputError(f"{directory / 'manifest.json'} is no manifest of files with their hashes")
-    present = {p.name: p for p in directory.iterdir() if p.is_file() and not p.name.startswith(".")}
-    found = []
-    for name in sorted({*present, *recorded}):
-        digest = recorded.get(name, {}).get("sha256")
-        if digest is not None:
-            digest = str(digest)
-        size = 0
-        file = present.get(name)
-        if file is not None:
-            size = file.stat().st_size
-        state = _file_state(name, file, digest, verify)
-        found.append({"name": name, "bytes": size, "sha256": digest, "state": state})
-    return found
-
-
-def _file_state(name: str, file: Path | None, digest: str | None, verify: bool) -> str:
-    """How a file compares with its entry in the manifest."""
-    from refllm.checkpoints.writer import file_sha256
-
-    if file is None:
-        return "missing"
-    if verify and digest is not None:
-        return "verified" if file_sha256(file) == digest else "differs"
-    if name == "manifest.json":  # it cannot hold its own hash
-        return "the record"
-    return "not recorded" if digest is None else "recorded"
 
 
 def device(backend: str) -> str:
@@ -152,51 +84,36 @@ def device(backend: str) -> str:
     return f"CuPy {library.__version__} on {name}"
 
 
-def _spelling(tokenizer: Tokenizer, token: int | None) -> str | None:
-    """The text of a special token."""
-    if token is None:
-        return None
-    spelling: str | None = tokenizer.inner.id_to_token(token)
-    return spelling
-
-
-def _read_json(path: Path) -> Json | None:
-    """The object in a JSON file; None if there is no such file."""
-    from refllm.checkpoints.tensor_files import read_json
-
-    if not path.is_file():
-        return None
-    return read_json(path)
-
-
 def _show(facts: Json) -> None:
     """Print facts, training record and files."""
-    from refllm.model.config import ModelConfig
-
-    config = ModelConfig.from_hf(facts["config"])
     weights = facts["weights"]
     cache = facts["KV cache bytes per token"]
-    tokenizer = facts["tokenizer"]
-    full = cache["float16"] * config.max_position_embeddings
-    ends = " or ".join(map(str, tokenizer["end"])) or "nothing"
+    full = cache["float16"] * facts["config"]["max_position_embeddings"]
+    types = ", ".join(f"{count} {type}" for type, count in weights["tensors"].items())
+    rope = facts["RoPE"]
     out = console()
     out.print(facts["model"], style="bold")
     lines = {
-        "architecture": config.summary,
+        "architecture": facts["summary"],
         "parameters": f"{facts['parameters']:,}",
-        "weights": f"{format_bytes(weights['bytes'])} in {', '.join(weights['types'])}, "
-        f"{weights['bits per weight']:.2f} bits per weight",
+        "weights": f"{format_bytes(weights['bytes'])}, {weights['bits per weight']:.2f} bits per "
+        "weight",
+        "tensors": types,
         "quantised": weights["quantised"] or "no",
+        "loaded as": facts["loaded as"],
         "KV cache": f"{cache['float16']:,} bytes per token in float16 ({cache['float32']:,} in "
         f"float32); {format_bytes(full)} for the full context in float16",
-        "tokenizer": f"{tokenizer['kind']}, {tokenizer['tokens']:,} tokens, text begins with "
-        f"{tokenizer['begin']} and ends with {ends}",
+        "RoPE": f"base {rope['base']:,.10g}, {rope['scaling'] or 'no scaling'}",
+        "tokenizer": _tokenizer_line(facts["tokenizer"]),
+        "chat template": _template_line(facts["chat template"]),
         "runs on": facts["runs on"],
     }
+    for i, sentence in enumerate(facts["unusual"], 1):
+        lines["unusual" if i == 1 else f"unusual {i}"] = sentence
     pairs(out, lines)
     if facts["card"]:
         try:
-            _show_record(out, facts["card"])
+            _show_record(out, facts["card"], facts["training runs"])
         except (KeyError, TypeError, ValueError, AttributeError):
             out.print("\ncard.json is no training record of refllm's")
     out.print()
@@ -207,17 +124,44 @@ def _show(facts: Json) -> None:
     out.print(files)
 
 
-def _show_record(out: Console, card: Json) -> None:
+def _tokenizer_line(tokenizer: Json | None) -> str:
+    """The tokenizer in one line."""
+    if tokenizer is None:
+        return "none"
+    pre = "" if tokenizer["pre"] is None else f" with words {tokenizer['pre']}"
+    begin = f"text begins with {tokenizer['begin']}"
+    if not tokenizer["begins text"]:
+        begin = f"BOS is {tokenizer['begin']} and not added"
+    ends = " or ".join(map(str, tokenizer["end"])) or "nothing"
+    return f"{tokenizer['kind']}{pre}, {tokenizer['tokens']:,} tokens, {begin}, ends with {ends}"
+
+
+def _template_line(template: Json | None, longest: int = 60) -> str:
+    """The chat template's names and its first line, cut."""
+    if template is None:
+        return "none"
+    text = template["first line"]
+    if len(text) > longest:
+        text = text[: longest - 1] + "…"
+    names = [name for name in template["names"] if name != "default"]
+    more = f" (also {', '.join(names)})" if names else ""
+    return f"{text}{more}"
+
+
+def _show_record(out: Console, card: Json, runs: list[Json]) -> None:
     """The training record in a few lines; the whole page is README.md."""
     data = card["data"]
     training = card["training"]
     measured = card["measured"]
     made = card["made with"]
     tokens = sum(s["tokens"] for s in data["streams"].values())
+    steps = [f"{run['steps']:,}" for run in runs]
+    count = f"{len(runs)} runs of {', '.join(steps)}" if runs[1:] else steps[0]
+    seen = sum(run["tokens"] for run in runs)
+    last = "the last one took " if runs[1:] else ""
     lines = {
         "trained on": f"{data['name']}, {tokens:,} tokens",
-        "for": f"{training['steps']:,} steps, {training['tokens']:,} tokens, "
-        f"{training['seconds'] / 60:.0f} minutes",
+        "for": f"{count} steps, {seen:,} tokens; {last}{training['seconds'] / 60:.0f} minutes",
         "made with": f"refllm {made['refllm']}, Python {made['python']}, NumPy {made['numpy']}",
         "held out": f"{measured['bits per byte']:.3f} bits per byte, perplexity "
         f"{measured['perplexity']:.2f}, on {measured['tokens']:,} tokens",

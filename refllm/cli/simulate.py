@@ -35,10 +35,11 @@ TRACED_BLOCK_TABLES = 200
 ModelOption = Annotated[
     str,
     opt(
-        "A bundled model, a directory with a config.json, llama-8b or llama-70b.",
+        "A bundled model, smollm2, a directory with a config.json, a GGUF file, llama-8b or "
+        "llama-70b.",
         "--model",
         "-m",
-        metavar="NAME|DIR",
+        metavar="NAME|DIR|FILE",
     ),
 ]
 DeviceOption = Annotated[str, opt("h200, a100, or here: this machine, measured.", metavar="NAME")]

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from refllm.errors import InputError
+from refllm.errors import InputError, alternatives
 
 if TYPE_CHECKING:
     from refllm.measure.device import DeviceSpec
@@ -29,9 +29,16 @@ def model_config(name: str) -> ModelConfig:
 
     if name in SHAPES:
         return {"llama-8b": memory.LLAMA_8B, "llama-70b": memory.LLAMA_70B}[name]
-    from refllm.checkpoints.loading import locate, read_config
+    from refllm.checkpoints.sources import is_gguf, locate
 
-    return read_config(locate(name))
+    path = locate(name, more=SHAPES)
+    if is_gguf(path):
+        from refllm.checkpoints.gguf import read_config as read_gguf_config
+
+        return read_gguf_config(path)
+    from refllm.checkpoints.loading import read_config
+
+    return read_config(path)
 
 
 def find_device(name: str) -> DeviceSpec:
@@ -41,7 +48,7 @@ def find_device(name: str) -> DeviceSpec:
     if name == "here":
         return measure_machine()
     if name not in DEVICES:
-        raise InputError(f"unknown device {name!r}; choose one of {', '.join(DEVICES)}, here")
+        raise InputError(f"unknown device {name!r}; {alternatives(name, [*DEVICES, 'here'])}")
     return DEVICES[name]
 
 
@@ -130,8 +137,8 @@ def make_workload(
         "unique": lambda: programs.unique(tokens, count),
     }
     if name not in makers:
-        known = ", ".join([*TRAFFIC, *makers])
-        raise InputError(f"unknown traffic {name!r}; choose one of {known}")
+        known = [*TRAFFIC, *makers]
+        raise InputError(f"unknown traffic {name!r}; {alternatives(name, known)}")
     if rate not in (None, math.inf):
         raise InputError(
             f"--rate is for traffic: the requests of {name} come together, and after answers"

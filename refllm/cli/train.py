@@ -16,7 +16,7 @@ import typer
 
 from refllm.cli.main import keep_freed_memory
 from refllm.cli.options import BackendOption, OverwriteOption, flag, opt
-from refllm.errors import InputError
+from refllm.errors import InputError, alternatives
 from refllm.terminal import console, counted_bar, format_bytes, note, pairs
 
 if TYPE_CHECKING:
@@ -183,9 +183,9 @@ def train(
     from refllm.train.schedule import Plan
 
     if schedule not in SCHEDULES:
-        raise InputError(f"unknown schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
+        raise InputError(f"unknown schedule {schedule!r}; {alternatives(schedule, SCHEDULES)}")
     if optimizer not in OPTIMIZERS:
-        raise InputError(f"unknown optimizer {optimizer!r}; choose one of {', '.join(OPTIMIZERS)}")
+        raise InputError(f"unknown optimizer {optimizer!r}; {alternatives(optimizer, OPTIMIZERS)}")
     if not 0 < rate < 1:
         raise InputError(f"the learning rate must be within (0, 1), got {rate}")
     # backend and output are checked before the text is read, which takes seconds

@@ -51,7 +51,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from refllm.backend import Array, bitcast, namespace
-from refllm.errors import InputError
+from refllm.errors import InputError, alternatives
 from refllm.formats.packing import (
     pack,
     pack_codes,
@@ -143,7 +143,7 @@ def layout_for(
         if the layout cannot hold them; the message says which layouts can.
     """
     if name not in LAYOUTS:
-        raise InputError(f"unknown layout {name!r}; choose one of {', '.join(LAYOUTS)}")
+        raise InputError(f"unknown layout {name!r}; {alternatives(name, LAYOUTS)}")
     act_order = act_order and scheme.granularity == "group"
     reason = _obstacle(scheme, name, activations, act_order)
     if reason is not None:

@@ -45,7 +45,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from refllm.backend import Array, bitcast, namespace
-from refllm.errors import InputError
+from refllm.errors import InputError, alternatives
 from refllm.formats.granularity import tile_elements
 
 __all__ = [
@@ -149,7 +149,7 @@ FORMATS = {
 def float_format(name: str) -> Format:
     """The format of that name; ValueError lists the known ones."""
     if name not in FORMATS:
-        raise InputError(f"unknown float format {name!r}; choose one of {', '.join(FORMATS)}")
+        raise InputError(f"unknown float format {name!r}; {alternatives(name, FORMATS)}")
     return FORMATS[name]
 
 

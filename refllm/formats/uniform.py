@@ -59,7 +59,7 @@ from functools import cached_property
 import numpy as np
 
 from refllm.backend import Array, namespace
-from refllm.errors import InputError
+from refllm.errors import InputError, alternatives
 from refllm.formats.granularity import Granularity, from_blocks
 
 SYMMETRIC = ("restricted", "half_integer", "half_integer_unsigned", "power")
@@ -93,7 +93,7 @@ class Scheme:
             raise InputError(f"Scheme: bits is an integer in 1..8, got {self.bits!r}")
         if self.rule not in RULES:
             raise InputError(
-                f"Scheme: unknown rule {self.rule!r}; choose one of {', '.join(RULES)}"
+                f"Scheme: unknown rule {self.rule!r}; {alternatives(self.rule, RULES)}"
             )
         if self.rule == "restricted" and self.bits == 1:
             raise InputError(

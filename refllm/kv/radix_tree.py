@@ -30,7 +30,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
-from refllm.errors import InputError
+from refllm.errors import InputError, alternatives
 from refllm.kv.radix_node import POLICIES, Match, Node, Rank
 
 Tokens = Sequence[int]
@@ -61,7 +61,7 @@ class RadixCache:
         if page_size < 1:
             raise InputError(f"a page holds at least one token, got {page_size}")
         if policy not in POLICIES:
-            raise InputError(f"unknown policy {policy!r}; choose one of {', '.join(POLICIES)}")
+            raise InputError(f"unknown policy {policy!r}; {alternatives(policy, POLICIES)}")
         self.page_size = page_size
         self.policy = policy
         self.on_evict = on_evict

@@ -33,7 +33,7 @@ from typing import Any, Protocol, TypeVar
 
 from refllm.array_types import Json
 from refllm.checkpoints.tensor_files import tensor_shapes
-from refllm.errors import InputError
+from refllm.errors import InputError, alternatives
 from refllm.formats.uniform import Scheme
 from refllm.model.config import ModelConfig
 from refllm.model.llama import PROJECTION_WEIGHTS, PROJECTIONS, Layer
@@ -107,7 +107,7 @@ def default_scheme(method: str) -> Scheme:
 def _method(name: str) -> type[Method]:
     """The class of a method; ValueError if there is none of that name."""
     if name not in METHODS:
-        raise InputError(f"unknown method {name!r}; choose one of {', '.join(METHODS)}")
+        raise InputError(f"unknown method {name!r}; {alternatives(name, METHODS)}")
     return METHODS[name]
 
 

@@ -44,7 +44,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from refllm.backend import Array, DType, namespace
-from refllm.errors import InputError
+from refllm.errors import InputError, alternatives
 from refllm.formats.quantized_linear import quantize
 from refllm.formats.uniform import Scheme
 from refllm.formats.w8a8_linear import W8A8Linear
@@ -157,7 +157,7 @@ def w8a8(
     Level O3 needs the inputs' ``absmax``, [N] or ().
     """
     if level not in LEVELS:
-        raise InputError(f"unknown level {level!r}; choose one of {', '.join(LEVELS)}")
+        raise InputError(f"unknown level {level!r}; {alternatives(level, LEVELS)}")
     if scheme is None:
         scheme = Scheme(8, "restricted", "channel")
     made = quantize(weight, scheme, scale_dtype=scale_dtype, name=name)
@@ -232,7 +232,7 @@ class SmoothQuant(Method):
                 f"{', '.join(PROJECTIONS)}"
             )
         if self.level not in LEVELS:
-            raise InputError(f"unknown level {self.level!r}; choose one of {', '.join(LEVELS)}")
+            raise InputError(f"unknown level {self.level!r}; {alternatives(self.level, LEVELS)}")
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise InputError(
                 "smoothquant: alpha lies within 0..1, or is None to smooth nothing, "

@@ -58,7 +58,7 @@ from refllm.checkpoints.tensor_files import (
 from refllm.checkpoints.tokenizer import Tokenizer, read_tokenizer
 from refllm.errors import InputError
 from refllm.formats.gguf.codec import quantize
-from refllm.formats.gguf.mixes import MIXES, Heads, bits_per_weight, mix
+from refllm.formats.gguf.mixes import MIXES, Heads, bits_per_weight, mix, mix_name
 from refllm.formats.gguf.types import gguf_type, row_bytes
 from refllm.formats.gguf.writer import write
 from refllm.model.config import ModelConfig
@@ -96,9 +96,14 @@ class Slab:
 
 def writable(target: str | Path, overwrite: bool) -> Path:
     """The path of a file that may be written. CheckpointError if something is there that must
-    not be replaced.
+    not be replaced, or the folder that it is to lie in is missing.
     """
     target = Path(os.path.expanduser(target))
+    if not target.parent.exists():
+        raise CheckpointError(
+            f"{target} cannot be written: create the folder {target.parent} first, or choose "
+            "another one"
+        )
     if target.exists() and not (overwrite and target.is_file()):
         advice = "choose another name"
         if target.is_file():
@@ -136,6 +141,7 @@ def convert(
         for an invalid source, a target that exists, and weights that the type cannot hold.
     """
     target = writable(target, overwrite)
+    type = mix_name(type)
     config, tokenizer = open_source(source)
     shapes = {gguf_name(name): shape for name, shape in _ordered(config)}
     heads = Heads(
@@ -170,7 +176,6 @@ def convert(
             progress(done, total)
         return out
 
-    target.parent.mkdir(parents=True, exist_ok=True)
     metadata = config_metadata(config, _model_name(source))
     metadata["general.file_type"] = np.uint32(MIXES[type][1])
     if any(gguf_type(t).quantized for t in types.values()):

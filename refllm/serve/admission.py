@@ -23,7 +23,7 @@ from bisect import insort
 from collections import abc
 from typing import Protocol
 
-from refllm.errors import InputError
+from refllm.errors import InputError, alternatives
 from refllm.serve.kv_manager import KVManager
 from refllm.serve.request import Sequence
 
@@ -146,5 +146,5 @@ def order_named(order: str | Order) -> Order:
         "lpm": LongestPrefix,
     }
     if order not in kinds:
-        raise InputError(f"unknown order {order!r}; choose one of {', '.join(kinds)}")
+        raise InputError(f"unknown order {order!r}; {alternatives(order, kinds)}")
     return kinds[order]()

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from typing import TypedDict
 
-from refllm.errors import InputError
+from refllm.errors import InputError, alternatives
 from refllm.kv.block_pool import BlockPool
 from refllm.serve.base_scheduler import BaseScheduler
 from refllm.serve.baselines.reservations import PaddedKVManager, ReservedKVManager
@@ -78,7 +78,7 @@ def make(
     ValueError for a name that is not in the table, or a cache where there can be none.
     """
     if policy not in POLICIES:
-        raise InputError(f"unknown policy {policy!r}; choose one of {', '.join(POLICIES)}")
+        raise InputError(f"unknown policy {policy!r}; {alternatives(policy, POLICIES)}")
     if prefix_cache == "auto":
         prefix_cache = "hash" if policy in CONTINUOUS else None
     if prefix_cache not in PREFIX_CACHES:

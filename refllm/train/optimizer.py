@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from refllm.backend import Array, namespace
-from refllm.errors import InputError
+from refllm.errors import InputError, alternatives
 
 Tensors = dict[str, Array]
 # ``map`` or a thread pool's: applies a function to each name
@@ -37,7 +37,7 @@ OPTIMIZERS = ("adamw", "muon")
 def optimizer_class(name: str) -> type[AdamW]:
     """The optimizer called ``name``, one of ``OPTIMIZERS``; ValueError for another name."""
     if name not in OPTIMIZERS:
-        raise InputError(f"unknown optimizer {name!r}; choose one of {', '.join(OPTIMIZERS)}")
+        raise InputError(f"unknown optimizer {name!r}; {alternatives(name, OPTIMIZERS)}")
     return {"adamw": AdamW, "muon": Muon}[name]
 
 
@@ -54,7 +54,7 @@ def learning_rate(
     [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
     """
     if schedule not in SCHEDULES:
-        raise InputError(f"unknown schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
+        raise InputError(f"unknown schedule {schedule!r}; {alternatives(schedule, SCHEDULES)}")
     if step < warmup:
         return peak * (step + 1) / warmup
     done = min(1.0, (step - warmup) / max(1, total - warmup))

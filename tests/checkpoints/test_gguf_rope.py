@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_gguf import make
 
 from gguf_data import llama_cpp_logits
+from gguf_files import make
 from networks import LLAMA3, NETWORKS, SIZES, TOKENS, full_logits
 from refllm.checkpoints import gguf
 from refllm.checkpoints.gguf_entries import Entries

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_gguf import make as make_gguf
 
 import refllm
 from conftest import to_host
 from gguf_data import BLOCKS
+from gguf_files import make
 from networks import VOCAB, random_tensors, tokenizer
 from refllm.checkpoints import weight_storage
 from refllm.checkpoints.loading import load
@@ -109,7 +109,7 @@ def test_weight_only_formats_decode_to_the_values_that_they_stand_for(original, 
 )
 @pytest.mark.parametrize("type", BLOCKS)
 def test_gguf_types_decode_to_the_values_that_they_stand_for(tmp_path, type):
-    path = make_gguf(tmp_path / "m.gguf", WIDE, type)
+    path = make(tmp_path / "m.gguf", WIDE, type)
     stored = refllm.load(path, "numpy", weights="stored")
     require_the_same_values(stored, refllm.load(path, "numpy", weights="float"))
     assert stored.storage == f"weights stored as {type}"
@@ -134,7 +134,7 @@ def test_everything_stays_stored_on_cupy(tmp_path, monkeypatch):
     from refllm.checkpoints import loading
 
     monkeypatch.setattr(loading, "get", lambda backend: fakecupy)
-    path = make_gguf(tmp_path / "m.gguf", WIDE, "Q4_K")
+    path = make(tmp_path / "m.gguf", WIDE, "Q4_K")
     assert refllm.load(path).storage == "weights stored as Q4_K"
     assert "float32 weights" in refllm.load(path, weights="float").storage
 
@@ -206,7 +206,7 @@ def test_a_model_that_does_not_fit_is_rejected_before_its_weights_are_read(
 ):
     from refllm.checkpoints.gguf import GGUFTensors
 
-    path = make_gguf(tmp_path / "m.gguf", WIDE, "Q4_K")
+    path = make(tmp_path / "m.gguf", WIDE, "Q4_K")
     memory(1000)
     monkeypatch.setattr(GGUFTensors, "__getitem__", lambda self, name: pytest.fail("was read"))
     with pytest.raises(CheckpointError, match="are free"):

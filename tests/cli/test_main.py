@@ -186,11 +186,11 @@ def test_an_existing_output_is_rejected_before_anything_is_computed(text_file, m
 
 def test_a_gguf_file_gets_a_message_that_names_the_commands_for_it(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
-    result = run("info", "--model", tmp_path / "x.gguf")
+    result = run("quantize", "--model", tmp_path / "x.gguf", "--output", tmp_path / "out")
     assert result.exit_code == 2
     assert (
-        "is a GGUF file: here a Hugging Face directory is needed; load, generate, eval "
-        "and convert" in result.stderr
+        "is a GGUF file: here a Hugging Face directory is needed; load, generate, chat, eval, "
+        "info, simulate and convert" in result.stderr
     )
 
 
@@ -246,7 +246,7 @@ def test_a_bug_shows_its_traceback(model, monkeypatch):
     def broken(*args, **kwargs):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("refllm.cli.info.describe", broken)
+    monkeypatch.setattr("refllm.cli.model_facts.describe", broken)
     result = run("info", "--model", model)
     assert isinstance(result.exception, ZeroDivisionError)
 
@@ -255,7 +255,7 @@ def test_ctrl_c_is_quiet(model, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("refllm.cli.info.describe", interrupted)
+    monkeypatch.setattr("refllm.cli.model_facts.describe", interrupted)
     result = run("info", "--model", model)
     assert (result.exit_code, result.output) == (130, "")
 

@@ -526,8 +526,17 @@ def test_a_target_that_is_there_is_kept(source, tmp_path):
     load(tmp_path / "x.gguf")
     with pytest.raises(CheckpointError, match="is there already: choose another name$"):
         convert(source, tmp_path, overwrite=True, workers=1)
-    made = convert(source, tmp_path / "new" / "folder" / "x.gguf", workers=1)
-    assert made.path.read_bytes() == (tmp_path / "x.gguf").read_bytes()
+    with pytest.raises(CheckpointError, match=r"create the folder .*/new/folder first"):
+        convert(source, tmp_path / "new" / "folder" / "x.gguf", workers=1)
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_case_of_a_type_counts_for_nothing(source, tmp_path):
+    convert(source, tmp_path / "a.gguf", "Q8_0", workers=1)
+    made = convert(source, tmp_path / "b.gguf", "q8_0", workers=1)
+    assert made.path.read_bytes() == (tmp_path / "a.gguf").read_bytes()
+    with pytest.raises(ValueError, match=r"unknown GGUF type 'Q4_KM'.*did you mean 'Q4_K_M'\?"):
+        convert(source, tmp_path / "x.gguf", "Q4_KM", workers=1)
 
 
 def test_quantised_sources_are_rejected(source, f32, tmp_path):

@@ -35,10 +35,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from refllm.errors import InputError
+from refllm.errors import InputError, alternatives
 from refllm.formats.gguf.types import gguf_type
 
-__all__ = ["FILE_TYPES", "MIXES", "Heads", "bits_per_weight", "mix"]
+__all__ = ["FILE_TYPES", "MIXES", "Heads", "bits_per_weight", "mix", "mix_name"]
 
 # mix → (base type, value of general.file_type)
 MIXES = {
@@ -82,6 +82,15 @@ def more_bits(i: int, n: int) -> bool:
     return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
 
 
+def mix_name(name: str) -> str:
+    """The mix that is meant, whatever the case of its letters; another name as it is.
+
+    >>> mix_name("q4_k_m"), mix_name("Q4")
+    ('Q4_K_M', 'Q4')
+    """
+    return {each.casefold(): each for each in MIXES}.get(name.casefold(), name)
+
+
 def mix(
     shapes: Mapping[str, Shape], name: str, heads: Heads, *, importance: bool = False
 ) -> dict[str, str]:
@@ -99,8 +108,9 @@ def mix(
     >>> mix(shapes, "Q4_K_M", Heads("llama", 1, 4, 4))
     {'blk.0.attn_v.weight': 'Q6_K', 'blk.0.attn_k.weight': 'Q4_K'}
     """
+    name = mix_name(name)
     if name not in MIXES:
-        raise InputError(f"unknown GGUF type {name!r}; choose one of {', '.join(MIXES)}")
+        raise InputError(f"unknown GGUF type {name!r}; {alternatives(name, MIXES)}")
     tied = "output.weight" not in shapes
     base = MIXES[name][0]
     chosen = {}

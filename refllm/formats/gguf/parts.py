@@ -107,6 +107,11 @@ class GGUFParts(GGUFFile):
                 f"{len(self.tensors)}: the parts belong to different files"
             )
 
+    @property
+    def paths(self) -> list[Path]:
+        """The parts, in their order."""
+        return [part.path for part in self._parts]
+
     def __getitem__(self, name: str) -> np.ndarray:
         return self._holder[name][name]
 

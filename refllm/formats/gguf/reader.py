@@ -302,6 +302,11 @@ class GGUFFile(Mapping[str, np.ndarray]):
         self.tensors = header.tensors
         self.alignment = header.alignment
 
+    @property
+    def paths(self) -> list[Path]:
+        """The files that it consists of."""
+        return [self.path]
+
     def __getitem__(self, name: str) -> np.ndarray:
         record = self.tensors[name]
         width = record.shape[-1] // record.type.block * record.type.size

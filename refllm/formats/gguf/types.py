@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from refllm.errors import InputError
+from refllm.errors import InputError, alternatives
 
 __all__ = ["FIELDS", "TYPES", "Field", "GGUFType", "gguf_type", "row_bytes"]
 
@@ -118,7 +118,7 @@ FIELDS: dict[str, tuple[Field, ...]] = {
 def gguf_type(name: str) -> GGUFType:
     """The storage type called ``name``; ValueError lists the known ones."""
     if name not in TYPES:
-        raise InputError(f"unknown GGUF type {name!r}; choose one of {', '.join(TYPES)}")
+        raise InputError(f"unknown GGUF type {name!r}; {alternatives(name, TYPES)}")
     return TYPES[name]
 
 
