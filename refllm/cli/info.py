@@ -1,6 +1,6 @@
 """``refllm info``: what a checkpoint is, from its headers alone; no weight is read.
 
-What is said is found by ``model_facts``; here it is printed.
+``model_facts`` finds what is printed here.
 """
 
 from __future__ import annotations
