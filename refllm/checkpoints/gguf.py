@@ -29,6 +29,7 @@ import numpy as np
 from refllm.backend import NUMPY, Array, Namespace, to_numpy
 from refllm.checkpoints.chat_template import ChatTemplates
 from refllm.checkpoints.chat_template_files import templates_from_metadata
+from refllm.checkpoints.gguf_entries import check_types
 from refllm.checkpoints.gguf_names import (
     config_from_metadata,
     gguf_name,
@@ -63,11 +64,13 @@ def open_file(path: str | Path) -> GGUFFile:
     none, or parts are missing.
     """
     try:
-        return open_gguf(path)
+        file = open_gguf(path)
     except GGUFError as error:
         raise CheckpointError(str(error)) from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    check_types(file.metadata, str(file.path))
+    return file
 
 
 def read_config(path: str | Path) -> ModelConfig:

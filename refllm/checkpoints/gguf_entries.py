@@ -1,6 +1,7 @@
-"""The metadata entries of one architecture, each checked for its type when it is read.
+"""Types of metadata entries: those of one architecture are checked when they are read, those
+of the tokenizer when a file is opened.
 
-Left out: entries of the tokenizer (``gguf_tokenizer``, ``gguf_special_tokens``).
+Left out: the values of the tokenizer's entries (``gguf_tokenizer``, ``gguf_special_tokens``).
 """
 
 from __future__ import annotations
@@ -10,7 +11,46 @@ import numpy as np
 from refllm.array_types import JsonView
 from refllm.checkpoints.tensor_files import CheckpointError
 
-__all__ = ["Entries"]
+__all__ = ["Entries", "check_types"]
+
+# Entries that are read whatever the architecture → what they are
+_TYPES = {
+    "tokenizer.ggml.model": "a string",
+    "tokenizer.ggml.pre": "a string",
+    "tokenizer.ggml.tokens": "a list of strings",
+    "tokenizer.ggml.merges": "a list of strings",
+    "tokenizer.ggml.scores": "a list of numbers",
+    "tokenizer.ggml.token_type": "a list of integers",
+    "tokenizer.ggml.add_space_prefix": "a boolean",
+}
+
+
+def check_types(metadata: JsonView, where: str) -> None:
+    """CheckpointError for an entry of the tokenizer that has another type than the
+    specification's.
+    """
+    for key, wanted in _TYPES.items():
+        if key in metadata and _kind(metadata[key]) != wanted:
+            if wanted == "a list of numbers" and _kind(metadata[key]) == "a list of integers":
+                continue
+            raise CheckpointError(
+                f"{where}: the entry {key} is {metadata[key]!r:.40}, not {wanted}"
+            )
+
+
+def _kind(value: object) -> str:
+    """What a value is, in the words of ``_TYPES``."""
+    if isinstance(value, str):
+        return "a string"
+    if isinstance(value, list):
+        return "a list of strings"
+    if isinstance(value, bool | np.bool_):
+        return "a boolean"
+    if isinstance(value, np.ndarray) and value.dtype.kind in "iu":
+        return "a list of integers"
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+        return "a list of numbers"
+    return "a number"
 
 
 class Entries:
