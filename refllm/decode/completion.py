@@ -38,6 +38,7 @@ class StreamChunk:
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: str | None = None  # None: more will come
     stop_reason: int | str | None = None
+    index: int = 0  # of n continuations
 
 
 @dataclass(frozen=True)

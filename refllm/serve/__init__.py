@@ -3,8 +3,8 @@
 Read ``minimal`` first: continuous batching over a paged cache in 150 lines. Then the life of
 a request in the full engine:
 
-1. ``request.py``: a ``Request`` is checked; ``engine.py`` queues it with
-   ``scheduler.submit``, as one ``Sequence``.
+1. ``request.py``: a ``Request`` is checked; ``engine.py`` encodes its prompt (``prompts.py``)
+   and queues it with ``scheduler.submit``, as one ``Sequence``.
 2. ``adaptive_drafts.py``: drafters propose tokens for the running sequences, if the engine
    has any.
 3. ``scheduler.py``: ``plan`` schedules running sequences, preempts some if memory runs out,
@@ -20,12 +20,15 @@ a request in the full engine:
 8. ``engine.py``: callbacks receive each ``SequenceUpdate``, with text from
    ``detokenizer.py``; ``run`` returns a ``RequestOutput`` (``outputs.py``).
 
-Beside this path: ``factory`` (schedulers by name), ``swapping`` (preemption to host memory),
-``draft_costs`` (how many drafts pay), ``baselines`` (serving before paged attention).
+Beside this path: ``async_engine`` (a thread that steps the engine, for any number of threads
+and tasks), ``isolation`` (an error of one request ends that request alone), ``factory``
+(schedulers by name), ``swapping`` (preemption to host memory), ``draft_costs`` (how many drafts
+pay), ``baselines`` (serving before paged attention).
 """
 
 from refllm.serve.adaptive_drafts import AdaptiveDrafting
 from refllm.serve.admission import FirstCome, LongestPrefix, Order, Priority
+from refllm.serve.async_engine import AsyncEngine, EngineClosed, RequestError, RequestStream
 from refllm.serve.beam_search import BeamSearch
 from refllm.serve.draft_costs import Costs, measure_costs
 from refllm.serve.engine import Engine
@@ -42,10 +45,12 @@ from refllm.serve.swapping import SwappingKVManager
 __all__ = [
     "POLICIES",
     "AdaptiveDrafting",
+    "AsyncEngine",
     "BeamSearch",
     "CompletionOutput",
     "Costs",
     "Engine",
+    "EngineClosed",
     "FirstCome",
     "HashKVManager",
     "KVManager",
@@ -57,7 +62,9 @@ __all__ = [
     "Priority",
     "RadixKVManager",
     "Request",
+    "RequestError",
     "RequestOutput",
+    "RequestStream",
     "SampledTokens",
     "ScheduledSequence",
     "Scheduler",
