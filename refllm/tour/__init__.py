@@ -8,6 +8,7 @@ Read ``stops`` first: it lists the stops in order, and every stop is one functio
 - ``technique_stops``   quantised weights, number formats, a quantised KV cache
 - ``speculation_stop``  speculative decoding with several drafters
 - ``serving_stop``      a burst of requests through the engine, with and without a prefix cache
+- ``chat_stop``         two questions to a pretrained chat model, where it is installed
 """
 
 from refllm.tour.context import Tour

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from refllm.errors import InputError
+from refllm.tour.chat_stop import chat
 from refllm.tour.context import Tour
 from refllm.tour.model_stops import cost, measure, meet, phases, write
 from refllm.tour.serving_stop import serve
@@ -41,6 +42,7 @@ STOPS = [
     Stop("cache", "Two bits per key and value", cache),
     Stop("speculate", "Several tokens per step", speculate),
     Stop("serve", "Serving a burst of prompts", serve),
+    Stop("chat", "A chat with a real model", chat),
 ]
 
 

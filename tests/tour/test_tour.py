@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import fakecupy
 from refllm.api import Model, load
+from refllm.checkpoints.tensor_files import CheckpointError
 from refllm.checkpoints.writer import save
 from refllm.cli import app
 from refllm.figures import registry
@@ -22,7 +23,7 @@ from refllm.measure.device import DeviceSpec
 from refllm.measure.records import read
 from refllm.measure.roofline import step_cost
 from refllm.terminal import printable
-from refllm.tour import context, model_stops, stops
+from refllm.tour import chat_stop, context, model_stops, stops
 from tiny_models import byte_tokenizer, tiny_config, tiny_model, tiny_params
 
 NAMES = [stop.name for stop in stops.STOPS]
@@ -36,6 +37,11 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def not_installed(name: str) -> Path:
+    """The real model is not there, wherever the tests run."""
+    raise CheckpointError(f"{name!r} is not installed")
+
+
 @pytest.fixture
 def guide(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> context.Tour:
     """A tour of a tiny model on a machine of round numbers, which prints into
@@ -46,6 +52,7 @@ def guide(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> c
     )
     # measuring one takes a second
     made.__dict__["machine"] = DeviceSpec("a machine of round numbers", 1e11, 1e10)
+    monkeypatch.setattr(chat_stop, "locate", not_installed)
     monkeypatch.setattr(model_stops, "REPEATS", 2)
     monkeypatch.setattr(model_stops, "SAMPLE_WINDOWS", 2)
     return made
