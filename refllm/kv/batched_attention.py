@@ -30,6 +30,7 @@ from refllm.model.weight_layout import has_small_kernels
 
 MAX_SCORES = 2**20  # of a prefill at once; a larger one goes sequence by sequence, in tiles
 QUERY_TILE = 64  # queries of a sequence at a time
+LONG = 256  # slots from which on keys are read head by head with AVX-512 kernels too
 
 
 def can_batch(counts: Sequence[int], lengths: Sequence[int], heads: int) -> bool:
@@ -85,12 +86,10 @@ def _attend(xp: Namespace, q: Array, keys: Array, values: Array, bias: Array | N
     else:
         rows = q.reshape(batch, n, groups, -1, dim)  # [B, n, G, R, D]
         rows = rows.transpose(0, 2, 3, 1, 4).reshape(batch, groups, -1, dim)  # [B, G, R·n, D]
-    # One head at a time: a matrix-vector product does not pack its matrix.
-    if n == 1 and xp is NUMPY and not has_small_kernels():
-        rows = rows[..., None, :]  # [B, G, R, 1, D]
-        keys = keys[:, :, None]
-        values = values[:, :, None]
-    p = xp.matmul(rows, keys)  # [B, G, R·n, S], or [B, G, R, 1, S]
+    single = n == 1 and xp is NUMPY
+    packs = single and not has_small_kernels()
+    long = single and keys.shape[-1] >= LONG
+    p = _multiply(xp, rows, keys, by_row=packs or long)  # [B, G, R·n, S]
     if bias is not None:
         scores = p.reshape(batch, groups, -1, n, p.shape[-1])  # a view
         scores = scores[..., -bias.shape[-1] :]
@@ -98,11 +97,21 @@ def _attend(xp: Namespace, q: Array, keys: Array, values: Array, bias: Array | N
     # softmax in place; the maximum is subtracted so that exp cannot overflow
     p -= p.max(axis=-1, keepdims=True)
     xp.exp(p, out=p)
-    p /= p.sum(axis=-1, keepdims=True)
-    o = xp.matmul(p, values)  # [B, G, R·n, D], or [B, G, R, 1, D]
+    total = p.sum(axis=-1, keepdims=True)  # [B, G, R·n, 1]
+    o = _multiply(xp, p, values, by_row=packs)  # [B, G, R·n, D]
+    o /= total
     if n > 1:
         o = o.reshape(batch, groups, heads // groups, n, dim).transpose(0, 3, 1, 2, 4)
     return o.reshape(-1, heads, dim)  # [B·n, H, D]
+
+
+def _multiply(xp: Namespace, rows: Array, matrix: Array, by_row: bool) -> Array:
+    """rows[B, G, R, K] @ matrix[B, G, K, C], all R rows in one product, or one by one: a
+    matrix-vector product does not pack its matrix, and reads long rows of it in order.
+    """
+    if by_row:
+        return xp.matmul(rows[..., None, :], matrix[:, :, None])[..., 0, :]
+    return xp.matmul(rows, matrix)
 
 
 def batched_bias(

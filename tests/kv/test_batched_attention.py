@@ -34,11 +34,12 @@ windows = st.one_of(st.none(), st.integers(1, 6))
     window=windows,
     in_place=st.booleans(),
     queries=st.sampled_from([1, 2, 3, 64]),
+    long=st.sampled_from([1, 4, 256]),
     equal=st.booleans(),
     seed=seeds,
 )
 def test_invariance_batched_is_each_sequence_alone(
-    xp, lengths, count, groups, sharing, dim, window, in_place, queries, equal, seed
+    xp, lengths, count, groups, sharing, dim, window, in_place, queries, long, equal, seed
 ):
     """With both kinds of kernels: with AVX-512 the heads of a key head are one product,
     without it one product each. The size of the query tiles does not matter.
@@ -54,6 +55,7 @@ def test_invariance_batched_is_each_sequence_alone(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batched_attention, "has_small_kernels", lambda: in_place)
         patch.setattr(batched_attention, "QUERY_TILE", queries)
+        patch.setattr(batched_attention, "LONG", long)
         o = attend_batched(
             xp.asarray(q.copy()),
             xp.asarray(k).transpose(0, 2, 3, 1),
