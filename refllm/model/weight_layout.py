@@ -261,7 +261,8 @@ def _in_order(calls: Sequence[Call]) -> Call:
 def _padded_to_kernel(rows: int, matvec_rows: int) -> int:
     """Rows with padding for the AVX2 kernel, unless they are multiplied one by one."""
     if matvec_rows < rows < PADDED_BELOW:
-        return rows + -rows % KERNEL_ROWS
+        # OpenBLAS divides them between two threads, each of which takes them in fours
+        return rows + -rows % (KERNEL_ROWS * min(blas_threads(), 2))
     return rows
 
 

@@ -368,7 +368,9 @@ def test_decode_against_transformers(tmp_path: Path, checkpoint: Path) -> None:
 def test_real_against_transformers(tmp_path: Path, checkpoint: Path) -> None:
     oracle("transformers")
     # exits with an error if the tokens part
-    record, _ = run("real", tmp_path, "refllm", "transformers", "--model", str(checkpoint))
+    record, _ = run(
+        "real", tmp_path, *("refllm", "transformers", "--model", str(checkpoint), "--threads", "1")
+    )
     check_record(record, "real")
     for row in record["results"]:
         if row["what"] != "steps":

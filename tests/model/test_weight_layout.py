@@ -123,14 +123,18 @@ def test_padding_rows_do_not_show(layout, rows, columns, seed):
 
 
 @pytest.mark.parametrize(
-    ("layout", "padded"),
+    ("layout", "threads", "padded"),
     [
-        (Blocks, [0, 2, 2, 4, 4, 5, 6, 7, 8, 9, 10]),
-        (Tiles, [0, 1, 2, 3, 4, 5, 6, 8, 8, 12, 12]),
-        (OneBlock, [0, 1, 2, 3, 4, 8, 8, 8, 8, 12, 12]),
+        (Blocks, 1, [0, 2, 2, 4, 4, 5, 6, 7, 8, 9, 10]),
+        (Blocks, 2, [0, 2, 2, 4, 4, 5, 6, 7, 8, 9, 10]),
+        (Tiles, 1, [0, 1, 2, 3, 4, 5, 6, 8, 8, 12, 12]),
+        (OneBlock, 1, [0, 1, 2, 3, 4, 8, 8, 8, 8, 12, 12]),
+        (OneBlock, 2, [0, 1, 2, 3, 8, 8, 8, 8, 8, 16, 16]),
+        (OneBlock, 3, [0, 1, 2, 3, 8, 8, 8, 8, 8, 16, 16]),
     ],
 )
-def test_rows_are_padded_to_what_is_fastest(layout, padded):
+def test_rows_are_padded_to_what_is_fastest(layout, threads, padded, monkeypatch):
+    on_processor(monkeypatch, "Haswell", threads)
     blocks = laid_out(layout, np.ones((2 * COLUMNS, 3)))
     assert [blocks.padded_rows(rows) for rows in range(11)] == padded
 
