@@ -13,8 +13,12 @@ rule, first come first served for a long queue).
 Preempted sequences return to the queue in the order of submission, so under fcfs they come
 next. An order has no state of its own.
 
-Left out: ageing against starvation: under longest prefix match a request that shares nothing
-may wait as long as requests that share keep coming.
+Under priority a waiting sequence also takes the place of running ones of a less urgent
+priority (a larger number; the time of arrival does not count here): the least urgent is
+preempted first, until the other fits. (vLLM did so before its V1 scheduler, which preempts
+only where running sequences run out of blocks.) It computes its tokens again later.
+
+Under longest prefix match no request starves: see ``LongestPrefix``.
 """
 
 from __future__ import annotations
@@ -44,6 +48,12 @@ class Order(Protocol):
     def victim(self, running: list[Sequence]) -> Sequence:
         """Which sequence is preempted; ``running`` is in the order of admission."""
 
+    # whether a waiting sequence may take the place of a running one
+    preempts: bool
+
+    def yields_to(self, waiting: Sequence, running: list[Sequence]) -> Sequence | None:
+        """The running sequence that is preempted first for a waiting one; None if none is."""
+
 
 class FirstCome:
     """The oldest first; a preempted sequence is older than all that were never admitted."""
@@ -61,6 +71,12 @@ class FirstCome:
         """The last that was admitted."""
         return running[-1]
 
+    preempts = False
+
+    def yields_to(self, waiting: Sequence, running: list[Sequence]) -> Sequence | None:
+        """None: no sequence is preempted for one that waits."""
+        return None
+
 
 class Priority:
     """The lowest (priority, arrival, submission, index) first; the highest is preempted."""
@@ -77,6 +93,15 @@ class Priority:
     def victim(self, running: list[Sequence]) -> Sequence:
         """The least urgent."""
         return max(running, key=_rank)
+
+    preempts = True
+
+    def yields_to(self, waiting: Sequence, running: list[Sequence]) -> Sequence | None:
+        """The least urgent of the running sequences, if its priority is less urgent."""
+        least = max(running, key=_rank, default=None)
+        if least is None or least.request.priority <= waiting.request.priority:
+            return None
+        return least
 
 
 def _rank(sequence: Sequence) -> tuple[int, float, int, int]:
@@ -97,16 +122,22 @@ class LongestPrefix:
     them all, that alone would compute the prefix once per sequence.) A queue of more than
     ``longest_queue`` sequences is served first come first served: sorting it would cost one
     match per sequence and step.
+
+    Ageing: sequences after which more than ``patience`` requests have been submitted, as far
+    as the youngest in the queue shows, come first, the oldest of them at the head. So at most
+    ``patience`` of the requests that were submitted after a request are admitted before it,
+    whatever the cache holds.
     """
 
-    def __init__(self, *, shared: int = 32, longest_queue: int = 128):
-        """ValueError for ``shared`` below 1 or a negative ``longest_queue``."""
-        if shared < 1 or longest_queue < 0:
+    def __init__(self, *, shared: int = 32, longest_queue: int = 128, patience: int = 512):
+        """ValueError for ``shared`` below 1, or a negative ``longest_queue`` or ``patience``."""
+        if shared < 1 or longest_queue < 0 or patience < 0:
             raise InputError(
-                "shared must be 1 or more and longest_queue 0 or more, "
-                f"got {shared}, {longest_queue}"
+                "shared must be 1 or more, longest_queue and patience 0 or more, "
+                f"got {shared}, {longest_queue}, {patience}"
             )
         self.shared = shared
+        self.patience = patience
         self.longest_queue = longest_queue
 
     def push(self, waiting: list[Sequence], sequence: Sequence) -> None:
@@ -118,6 +149,10 @@ class LongestPrefix:
         if len(waiting) > self.longest_queue:
             yield from FirstCome().candidates(waiting, memory)
             return
+        # the queue is in the order of submission, so the aged ones stand at its head
+        newest = waiting[-1].order if waiting else 0
+        aged = [one for one in waiting if newest - one.order > self.patience]
+        yield from aged
         cached = {sequence: memory.match(sequence) for sequence in waiting}
         heads: set[tuple[str | None, tuple[int, ...]]] = set()
         ready = []
@@ -134,6 +169,12 @@ class LongestPrefix:
     def victim(self, running: list[Sequence]) -> Sequence:
         """The last that was admitted."""
         return running[-1]
+
+    preempts = False
+
+    def yields_to(self, waiting: Sequence, running: list[Sequence]) -> Sequence | None:
+        """None: no sequence is preempted for one that waits."""
+        return None
 
 
 def order_named(order: str | Order) -> Order:

@@ -120,7 +120,7 @@ class Plan:
         assert self.max_sequences is None or rows <= self.max_sequences, (
             "more sequences than max_sequences"
         )
-        assert not (self.preempted and self.admitted), "admitted in a step that preempted"
+        assert not set(self.preempted) & set(self.admitted), "preempted and admitted in one step"
         assert not set(self.preempted) & set(keys), "a preempted sequence computes"
         for item in self.items:
             _check_item(item, self.block_size)

@@ -14,7 +14,8 @@ A step, in order:
    the youngest or least urgent first, until it has.
 3. If none was preempted: waiting sequences, in the order of admission, as long as budget,
    sequence slots and memory last. The first one that does not fit ends the step, so no
-   request is overtaken for being large.
+   request is overtaken for being large. Under the order ``priority``, less urgent running
+   sequences are preempted until a more urgent one fits.
 
 A preempted sequence keeps its tokens, loses their keys and values, and recomputes them when
 it is admitted again: to the scheduler it has a longer prompt. The beams of one search are
@@ -188,16 +189,27 @@ class Scheduler(BaseScheduler):
         free = None  # sequence slots; None: no limit
         if self.max_sequences is not None:
             free = self.max_sequences - sum(sequence.slots for sequence in self.running)
-        if not self.waiting or step.budget_left == 0 or free == 0:
+        full = step.budget_left == 0 or free == 0
+        if not self.waiting or (full and not self.order.preempts):
             return
         for sequence in self.order.candidates(self.waiting, self.memory):
             if sequence.status is not SequenceStatus.WAITING:
                 continue  # admitted with another beam of its search
+            if sequence.key in step.plan.preempted:
+                return  # it has just made room for a more urgent one
             slots = sum(beam.slots for beam in self._group(sequence))
-            if step.budget_left == 0 or (free is not None and slots > free):
-                return
-            if not self._admit_group(step, sequence):
-                return
+            while not (
+                step.budget_left != 0
+                and (free is None or slots <= free)
+                and self._admit_group(step, sequence)
+            ):
+                victim = self.order.yields_to(sequence, self.running)
+                if victim is None:
+                    return
+                victims = self._group(victim)
+                if free is not None:
+                    free += sum(beam.slots for beam in victims)
+                self._preempt_group(step, victims)
             if free is not None:
                 free -= slots
 

@@ -5,6 +5,7 @@ cache.
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from refllm.kv.block_pool import BlockPool
 from refllm.serve.admission import FirstCome, LongestPrefix, Priority, order_named
+from refllm.serve.kv_manager import PagedKVManager
 from refllm.serve.plan import SampledTokens
 from refllm.serve.prefix_caching import RadixKVManager
 from refllm.serve.request import Request, Sequence
@@ -208,3 +210,151 @@ def test_an_order_is_found_by_its_name():
     for bad in ({"shared": 0}, {"longest_queue": -1}):
         with pytest.raises(ValueError, match="1 or more"):
             LongestPrefix(**bad)
+
+
+# --- nobody starves -------------------------------------------------------------------------
+
+
+@pytest.mark.theorem(
+    "Under longest prefix match at most `patience` of the requests that were submitted after a "
+    "request are admitted before it, whatever the cache holds",
+    source="serve/admission.py",
+)
+@given(seed=seeds, patience=st.integers(0, 5), shared=st.integers(1, 4))
+def test_no_request_is_overtaken_by_more_than_patience_later_ones(seed, patience, shared):
+    rng = random.Random(seed)
+    order = LongestPrefix(shared=shared, patience=patience)
+    scheduler = Scheduler(
+        RadixKVManager(BlockPool(40, 1)), order=order, max_sequences=rng.choice([1, 2])
+    )
+    heads = [tuple(range(i, i + 4)) for i in (0, 10, 20)]
+    admitted: list[int] = []
+    submitted = 0
+    while submitted < 14 or scheduler.unfinished:
+        for _ in range(rng.choice([0, 1, 1, 3])):
+            if submitted < 14:
+                head = heads[0] if rng.random() < 0.8 else rng.choice(heads)
+                text = (*head[: rng.randint(1, 4)], 100 + submitted)
+                scheduler.submit(Request(text, rng.randint(1, 3), request_id=submitted))
+                submitted += 1
+        if scheduler.unfinished:
+            plan = scheduler.plan()
+            admitted += [name for name, _ in plan.admitted if name not in admitted]
+            scheduler.update(plan, [[SampledTokens([0])] for _ in plan.sampling])
+            scheduler.check()
+    for name in range(14):
+        overtaking = [other for other in admitted[: admitted.index(name)] if other > name]
+        assert len(overtaking) <= patience
+
+
+def test_without_patience_left_the_prefix_decides():
+    """The control: with more patience a request that shares nothing waits for all that share."""
+    for patience, place in ((0, 1), (2, 3), (99, 6)):
+        scheduler = Scheduler(
+            RadixKVManager(BlockPool(60, 1)),
+            order=LongestPrefix(patience=patience),
+            max_sequences=1,
+        )
+        scheduler.submit(Request(range(9), 1, request_id="first"))
+        plan = scheduler.plan()
+        scheduler.update(plan, [[SampledTokens([0])]])
+        admitted = ["first"]
+        scheduler.submit(Request([50, 51], 1, request_id="alone"))
+        for i in range(5):
+            scheduler.submit(Request([*range(8), 20 + i], 1, request_id=i))
+        while scheduler.unfinished:
+            plan = scheduler.plan()
+            admitted += [name for name, _ in plan.admitted]
+            scheduler.update(plan, [[SampledTokens([0])] for _ in plan.sampling])
+        # five later ones are in the queue
+        assert admitted.index("alone") == place, patience
+
+
+# --- a more urgent request takes the place of a less urgent one -----------------------------
+
+
+def urgent_scheduler(**limits: object) -> Scheduler:
+    return Scheduler(PagedKVManager(BlockPool(6, 2)), order="priority", **limits)
+
+
+def step(scheduler: Scheduler) -> Any:
+    plan = scheduler.plan()
+    plan.check()
+    scheduler.update(plan, [[SampledTokens([0])] for _ in plan.sampling])
+    scheduler.check()
+    return plan
+
+
+@pytest.mark.parametrize(
+    "limits", [{}, {"max_sequences": 1}, {"max_batch_tokens": 4}], ids=["blocks", "slots", "budget"]
+)
+def test_a_more_urgent_request_preempts_a_less_urgent_one_at_once(limits):
+    """Whether blocks, sequence slots or the token budget is what the idle one holds."""
+    scheduler = urgent_scheduler(**limits)
+    scheduler.submit(Request(range(8), 4, request_id="idle", priority=5))
+    step(scheduler)
+    scheduler.submit(Request(range(20, 28), 3, request_id="urgent", priority=1))
+    plan = step(scheduler)
+    assert plan.preempted == [("idle", 0)]
+    assert plan.admitted == [("urgent", 0)]
+    assert [item.key for item in plan.items] == [("urgent", 0)]
+    finished = []
+    while scheduler.unfinished:
+        plan = scheduler.plan()
+        plan.check()
+        updates = scheduler.update(plan, [[SampledTokens([0])] for _ in plan.sampling])
+        finished += [u.request_id for u in updates if u.finish_reason]
+        scheduler.check()
+    assert finished == ["urgent", "idle"]
+    assert scheduler.preemptions == 1
+
+
+def test_an_equally_urgent_request_waits_however_early_it_arrived():
+    scheduler = urgent_scheduler()
+    scheduler.submit(Request(range(8), 4, request_id="running", priority=1, arrival=9.0))
+    step(scheduler)
+    scheduler.submit(Request(range(20, 28), 3, request_id="same", priority=1, arrival=0.0))
+    assert step(scheduler).preempted == []
+
+
+def test_no_more_are_preempted_than_room_needs():
+    scheduler = urgent_scheduler()
+    for i, priority in enumerate((3, 9, 6)):
+        scheduler.submit(Request([10 * i, 1, 2], 2, request_id=priority, priority=priority))
+    step(scheduler)
+    assert len(scheduler.running) == 3
+    scheduler.submit(Request([90, 91, 92], 2, request_id=1, priority=1))
+    plan = step(scheduler)
+    assert [name for name, _ in plan.preempted] == [9]
+    assert [name for name, _ in plan.admitted] == [1]
+
+
+@given(seed=seeds)
+def test_the_most_urgent_requests_are_served_first_and_all_are(seed):
+    rng = random.Random(seed)
+    scheduler = Scheduler(
+        PagedKVManager(BlockPool(10, 2)),
+        order="priority",
+        max_sequences=rng.choice([2, 3, None]),
+        max_batch_tokens=rng.choice([4, 9, None]),
+    )
+    urgency = {}
+    for i in range(8):
+        beam = rng.random() < 0.2
+        urgency[i] = rng.randint(0, 3)
+        scheduler.submit(
+            Request([i, *range(rng.randint(1, 5))], rng.randint(1, 4), request_id=i,
+                    priority=urgency[i], n=2 if beam else 1, beam=beam)
+        )  # fmt: skip
+        for _ in range(rng.choice([0, 1, 2])):
+            plan = scheduler.plan()
+            plan.check()
+            for name, _ in plan.admitted:
+                assert all(urgency[other] >= urgency[name] for other, _ in plan.preempted)
+            scheduler.update(plan, [[SampledTokens([0])] for _ in plan.sampling])
+            scheduler.check()
+    for _ in range(300):
+        if not scheduler.unfinished:
+            break
+        step(scheduler)
+    assert not scheduler.unfinished

@@ -67,8 +67,8 @@ def test_what_a_plan_derives():
             "max_sequences",
         ),
         (
-            plan(ScheduledSequence(A, 0, 1, (0,), 1), admitted=[A], preempted=[B]),
-            "admitted in a step that preempted",
+            plan(ScheduledSequence(A, 0, 1, (0,), 1), admitted=[B], preempted=[B]),
+            "preempted and admitted in one step",
         ),
         (plan(ScheduledSequence(A, 0, 1, (0,), 1), preempted=[A]), "a preempted sequence computes"),
         (plan(ScheduledSequence(A, 0, 1, (0,), 2)), "samples more"),
