@@ -16,10 +16,11 @@ Left out: beam search, several continuations of a prompt (the engine has n).
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal, Unpack, overload
 
 import numpy as np
@@ -42,7 +43,7 @@ from refllm.decode.output_params import (
     split_options,
     truncate_prompt,
 )
-from refllm.decode.sampling_params import SamplingParams
+from refllm.decode.sampling_params import SamplingParams, as_generator
 from refllm.decode.speculative.cascade import check_drafter
 from refllm.decode.speculative.interface import Drafter
 from refllm.decode.speculative.loop import SpeculativeStep, speculate
@@ -162,7 +163,13 @@ class Model:
         (3, 4096)
         """
         like = self.weights["norm"]
-        ids = to_numpy(tokens) if hasattr(tokens, "shape") else np.asarray(tokens)  # [T]
+        try:
+            ids = to_numpy(tokens) if hasattr(tokens, "shape") else np.asarray(tokens)  # [T]
+        except ValueError as error:  # lists of different lengths
+            raise InputError(
+                "logits: tokens are those of one sequence, [T], all integers: pass sequences of "
+                "different lengths one by one"
+            ) from error
         if ids.size == 0:
             raise InputError("logits: needs at least one token")
         if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
@@ -218,13 +225,13 @@ class Model:
         change the text too. A policy that evicts at random draws from ``rng``, also at
         temperature 0.
         """
-        run = _Run(self, max_tokens, sampling, output, shorthand)
+        run = _Run(self, "generate", max_tokens, sampling, output, shorthand)
         if run.params.asks_for_logprobs and not details:
             raise InputError("log-probabilities are part of the details: pass details=True")
         ids = self._prompt_ids(prompt, truncate_prompt_tokens)
         # Only stop strings need the text while it grows.
         reader = run.reader(self.tokenizer if run.params.stop else None)
-        generator = np.random.default_rng(rng)
+        generator = as_generator(rng)
         for token in self._tokens(ids, max_tokens, run, generator, drafter, cache=cache):
             if reader.push(token).finish_reason is not None:
                 break
@@ -252,12 +259,12 @@ class Model:
         ``CompletionOutput``s; parameters are those of ``generate``.
         """
         prompts = _token_lists(prompts)
-        run = _Run(self, max_tokens, sampling, output, shorthand, len(prompts))
+        run = _Run(self, "generate_batch", max_tokens, sampling, output, shorthand, len(prompts))
         if run.params.asks_for_logprobs and not details:
             raise InputError("log-probabilities are part of the details: pass details=True")
         tokenizer = self.tokenizer if run.params.stop else None
         readers = [run.reader(tokenizer, b) for b in range(len(prompts))]
-        rng = np.random.default_rng(rng)
+        rng = as_generator(rng)
         for step in generate_tokens(
             self.weights,
             self.config,
@@ -319,33 +326,18 @@ class Model:
     ) -> Iterator[Any]:
         """Yield the new text piece by piece: complete characters only, never a part of a stop
         string; with ``details`` a ``StreamChunk`` per token. Parameters are those of
-        ``generate``.
+        ``generate``; they are checked at the call, before the first piece is asked for.
 
         ``on_token`` is called with every sampled token, the end token included, before its
         text: pieces of text are not tokens, so a caller that counts or times tokens needs
         it. With a ``drafter``, ``on_step`` is called with every step of the target: the
         drafted tokens, and how many were accepted.
         """
-        run = _Run(self, max_tokens, sampling, output, shorthand)
+        run = _Run(self, "stream", max_tokens, sampling, output, shorthand)
         ids = self._prompt_ids(prompt, truncate_prompt_tokens)
         reader = run.reader(self.tokenizer)
-        for token in self._tokens(
-            ids, max_tokens, run, np.random.default_rng(rng), drafter, on_step, cache
-        ):
-            if on_token is not None:
-                on_token(token)
-            chunk = reader.push(token)
-            if details:
-                yield chunk
-            elif chunk.text:
-                yield chunk.text
-            if chunk.finish_reason is not None:
-                return
-        chunk = reader.finish()
-        if details:
-            yield chunk
-        elif chunk.text:
-            yield chunk.text
+        tokens = self._tokens(ids, max_tokens, run, as_generator(rng), drafter, on_step, cache)
+        return _read(tokens, reader, details, on_token)
 
     # --- chat -------------------------------------------------------------------------------
 
@@ -405,7 +397,7 @@ class Model:
             )
         if max_tokens is None:
             max_tokens = min(ANSWER_TOKENS, positions - len(ids))
-        yield from self.stream(ids, max_tokens, **options)
+        return self.stream(ids, max_tokens, **options)
 
     def conversation(
         self,
@@ -419,7 +411,7 @@ class Model:
 
         InputError if the checkpoint has none.
         """
-        return Conversation(self, system, rng=np.random.default_rng(rng), **settings)
+        return Conversation(self, system, rng=as_generator(rng), **settings)
 
     # --- tokens -----------------------------------------------------------------------------
 
@@ -442,10 +434,10 @@ class Model:
         cache: CachePolicy | None = None,
     ) -> Iterator[int]:
         """New tokens of one prompt, one by one; a step that accepts drafts yields several in
-        a row.
+        a row. The arguments are checked at the call.
         """
         if drafter is None:
-            for (token,) in generate_tokens(
+            batches = generate_tokens(
                 self.weights,
                 self.config,
                 [prompt],
@@ -455,13 +447,12 @@ class Model:
                 cache,
                 run.processors,
                 run.recorder,
-            ):
-                yield token
-            return
+            )
+            return (token for (token,) in batches)
         if isinstance(drafter, Model):
             drafter = ModelDrafter(drafter)
         check_drafter(self, drafter)
-        for step in speculate(
+        steps = speculate(
             self.weights,
             self.config,
             prompt,
@@ -472,10 +463,48 @@ class Model:
             policy=cache,
             processors=run.processors,
             recorder=run.recorder,
-        ):
-            if on_step is not None:
-                on_step(step)
-            yield from step.tokens
+        )
+        return _tokens_of(steps, on_step)
+
+
+def _tokens_of(
+    steps: Iterator[SpeculativeStep], on_step: Callable[[SpeculativeStep], object] | None
+) -> Iterator[int]:
+    """The tokens of speculative steps; ``on_step`` sees each step before its tokens."""
+    for step in steps:
+        if on_step is not None:
+            on_step(step)
+        yield from step.tokens
+
+
+def _read(
+    tokens: Iterator[int],
+    reader: OutputReader,
+    details: bool,
+    on_token: Callable[[int], object] | None,
+) -> Iterator[Any]:
+    """``Model.stream``: what the reader makes of the tokens, up to the end of the output."""
+    for token in tokens:
+        if on_token is not None:
+            on_token(token)
+        chunk = reader.push(token)
+        if details:
+            yield chunk
+        elif chunk.text:
+            yield chunk.text
+        if chunk.finish_reason is not None:
+            return
+    chunk = reader.finish()
+    if details:
+        yield chunk
+    elif chunk.text:
+        yield chunk.text
+
+
+@lru_cache
+def _parameters(method: str) -> tuple[str, ...]:
+    """The names of a method's own parameters."""
+    return tuple(inspect.signature(getattr(Model, method)).parameters)[1:-1]
 
 
 class _Run:
@@ -484,13 +513,15 @@ class _Run:
     def __init__(
         self,
         model: Model,
+        caller: str,
         max_tokens: int,
         sampling: SamplingParams | None,
         output: OutputParams | None,
         shorthand: GenerateOptions,
         sequences: int = 1,
     ):
-        self.sampling, self.params = split_options(sampling, output, shorthand)
+        own = _parameters(caller) if shorthand else ()
+        self.sampling, self.params = split_options(sampling, output, shorthand, caller, own)
         check_min_tokens(self.params, max_tokens)
         rules = output_rules(self.params, self.sampling, model)
         self.stops = rules.stop_tokens

@@ -545,3 +545,73 @@ def test_the_real_model_knows_the_capital_of_france():
     assert "".join(conversation.say("What is the capital of France?", 30)).endswith("Paris.")
     assert "Berlin" in "".join(conversation.say("And of Germany?", 30))
     assert conversation.reused > conversation.computed
+
+
+# --- what the caller did wrong ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rng", ["a", 1.5, -1, [1, "b"], object(), True])
+def test_a_seed_that_is_none_is_rejected_at_the_call(rng):
+    for call in (
+        lambda: MODEL.generate([1], 1, rng=rng),
+        lambda: MODEL.generate_batch([[1]], 1, rng=rng),
+        lambda: MODEL.stream("x", 1, rng=rng),
+    ):
+        with pytest.raises(InputError, match="rng must be a numpy.random.Generator, a seed"):
+            call()
+
+
+def test_ragged_tokens_are_rejected():
+    with pytest.raises(InputError, match=r"those of one sequence, \[T\]"):
+        MODEL.logits([[1, 2], [3]])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        (3, {}, "a prompt must be a sequence of token ids"),
+        ("x", {"max_tokens": -1}, "max_tokens must be an integer"),
+        ("x", {"cache": 3}, "a cache policy is a Kivi"),
+        ("x", {"stop": [""]}, "stop must be strings that are not empty"),
+        ("x", {"temperature": -1}, "temperature must be"),
+        ([V], {}, "has a token that is no integer within"),
+    ],
+)
+@pytest.mark.parametrize("drafted", [False, True])
+def test_a_stream_checks_its_arguments_at_the_call(prompt, options, message, drafted):
+    drafter = MODEL if drafted else None
+    with pytest.raises(InputError, match=message):
+        MODEL.stream(prompt, **{"max_tokens": 1, "drafter": drafter} | options)  # and no next()
+
+
+def test_a_stream_of_no_drafter_is_rejected_at_the_call():
+    with pytest.raises(TypeError, match="a drafter is a Model"):
+        MODEL.stream("x", 1, drafter=3)
+
+
+def test_a_mistyped_keyword_is_answered_by_the_function_that_was_called():
+    from refllm.serve import Request
+
+    for call, name in (
+        (MODEL.generate, "generate"),
+        (MODEL.stream, "stream"),
+        (Request, "Request"),
+    ):
+        with pytest.raises(
+            TypeError, match=rf"^{name}\(\) got .* 'temperatur'; did you mean 'temperature'\?"
+        ):
+            call([1], 1, temperatur=0.5)
+        with pytest.raises(
+            TypeError, match=rf"^{name}\(\) got .* 'max_token'; did you mean 'max_t"
+        ):
+            call([1], max_tokens=1, max_token=2)
+    with pytest.raises(TypeError, match="'best'; did you mean 'best_of'"):
+        Request([1], best=2)
+    with pytest.raises(TypeError, match=r"^generate\(\) got an unexpected keyword argument 'ids'$"):
+        MODEL.generate([1], 1, ids=[2])  # a local name of the method is no parameter
+
+
+@pytest.mark.parametrize("name", [3, None, b"stdlib", ""])
+def test_a_model_is_named_by_a_string_or_a_path(name):
+    with pytest.raises(InputError, match="a model is named by a string or a path, got"):
+        load(name)

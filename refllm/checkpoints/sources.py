@@ -64,12 +64,16 @@ def locate(
     CheckpointError
         if it is none of them, or if the named model is not installed or cannot be downloaded.
     """
+    if revision is not None and not isinstance(revision, str):
+        raise InputError(f"revision is a branch, a tag or a commit, got {revision!r}")
     try:
         path = Path(os.path.expanduser(path_or_name))  # unlike Path's, keeps an unknown ~user
     except TypeError as error:
         raise InputError(
             f"a model is named by a string or a path, got {type(path_or_name).__name__}"
         ) from error
+    if not os.fspath(path_or_name):
+        raise InputError("a model is named by a string or a path, got an empty one")
     if isinstance(path_or_name, str):
         named = _locate_named(path_or_name, path, revision)
         if named is not None:

@@ -134,11 +134,11 @@ def generate(
 
     text = read_prompt(prompt, prompt_file)
     sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty)
-    sparse = sparse_from_options(kv_keep, kv_policy)
-    if sparse is not None and kv_bits is not None:
+    if kv_keep is not None and kv_bits is not None:
         raise InputError(
             "--kv-bits keeps all tokens in few bits, --kv-keep some of them in full: choose one"
         )
+    sparse = sparse_from_options(kv_keep, kv_policy)
     if tree and (sparse is not None or kv_bits is not None):
         raise InputError(
             "--tree needs a cache that keeps everything: leave out --tree, or the --kv-… options"

@@ -50,7 +50,8 @@ def generate_tokens(
     recorder: LogprobsRecorder | None = None,
     cache: Cache | None = None,
 ) -> Iterator[list[int]]:
-    """Yield ``max_tokens`` times the next token of each of the B prompts, as Python ints.
+    """Yield ``max_tokens`` times the next token of each of the B prompts, as Python ints. The
+    arguments are checked at the call, before the first token is asked for.
 
     The caller decides when a sequence has ended. A greedy step moves the tokens and their
     positions to the device and the chosen tokens back, and nothing else; sampling also
@@ -68,14 +69,32 @@ def generate_tokens(
     """
     check_prompts(prompts, max_tokens, config)
     policy = checked_policy(policy)
+    processors = processors or LogitsProcessors(sampling)
+    processors.check_vocabulary(config.vocab_size)
     if max_tokens == 0:
-        return
+        return iter(())
+    return _generate(
+        weights, config, prompts, max_tokens, sampling, rng, policy, processors, recorder, cache
+    )
+
+
+def _generate(
+    weights: Weights,
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    sampling: SamplingParams,
+    rng: np.random.Generator,
+    policy: CachePolicy,
+    processors: LogitsProcessors,
+    recorder: LogprobsRecorder | None,
+    cache: Cache | None,
+) -> Iterator[list[int]]:
+    """``generate_tokens`` with arguments that were checked."""
     like = weights["norm"]
     if cache is None:
         capacity = max(len(p) for p in prompts) + max_tokens
         cache = policy.new_cache(config, len(prompts), capacity, like=like, rng=rng)
-    processors = processors or LogitsProcessors(sampling)
-    processors.check_vocabulary(config.vocab_size)
     outputs: list[list[int]] = [[] for _ in prompts]
     decode_step = make_decode_step(weights, config)
     counts = [1] * len(prompts)  # new tokens per sequence in a decode step

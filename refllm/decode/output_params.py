@@ -40,7 +40,7 @@ from refllm.decode.sampling_params import (
     sampling_params,
 )
 from refllm.decode.speculative.interface import ModelLike
-from refllm.errors import InputError
+from refllm.errors import InputError, did_you_mean
 
 
 class OutputOptions(TypedDict, total=False):
@@ -143,15 +143,28 @@ class GenerateOptions(SamplingOptions, OutputOptions, total=False):
 
 
 def split_options(
-    sampling: SamplingParams | None, output: OutputParams | None, shorthand: GenerateOptions
+    sampling: SamplingParams | None,
+    output: OutputParams | None,
+    shorthand: GenerateOptions,
+    caller: str = "SamplingParams",
+    parameters: Iterable[str] = (),
 ) -> tuple[SamplingParams, OutputParams]:
     """Both records, each given as such or by its fields as keywords; ValueError for both.
+
+    A keyword that is neither is a TypeError of ``caller``, whose other keywords are
+    ``parameters``: the nearest one is named.
 
     >>> sampling, output = split_options(None, None, {"top_k": 3, "stop": "x"})
     >>> sampling.top_k, output.stop
     (3, ('x',))
     """
     fields = dict(shorthand)
+    known = [*parameters, *SamplingOptions.__annotations__, *OutputOptions.__annotations__]
+    for name in fields:
+        if name not in known:
+            raise TypeError(
+                f"{caller}() got an unexpected keyword argument {name!r}{did_you_mean(name, known)}"
+            )
     of_output = {name: fields.pop(name) for name in list(fields) if name in _OUTPUT_FIELDS}
     if output is None:
         output = OutputParams(**of_output)  # type: ignore[arg-type]

@@ -28,6 +28,8 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import NamedTuple, TypedDict, TypeGuard
 
+import numpy as np
+
 from refllm.backend import Array, DType, Operand, namespace
 from refllm.errors import InputError
 
@@ -166,6 +168,23 @@ class SamplingParams:
 
 
 GREEDY = SamplingParams()
+
+
+def as_generator(rng: object, name: str = "rng") -> np.random.Generator:
+    """A Generator from one, from a seed, or, of None, from a fresh seed; InputError for
+    anything else.
+    """
+    if isinstance(rng, np.random.Generator):
+        return rng
+    try:
+        if isinstance(rng, bool):
+            raise TypeError("a bool")
+        return np.random.default_rng(rng)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{name} must be a numpy.random.Generator, a seed (an integer, 0 or more) or None, "
+            f"got {rng!r:.80}"
+        ) from error
 
 
 class SamplingOptions(TypedDict, total=False):

@@ -26,9 +26,8 @@ from itertools import count
 from threading import RLock
 from typing import Unpack
 
-import numpy as np
-
 from refllm.backend import Array
+from refllm.decode.sampling_params import as_generator
 from refllm.decode.speculative.interface import Drafter, ModelLike, check_vocabulary
 from refllm.decode.speculative.model_drafter import ModelDrafter
 from refllm.errors import InputError
@@ -100,8 +99,6 @@ class Engine(EngineStats):
         clock
             seconds, for ``timeout`` and the times of outputs.
         """
-        if seed is not None and seed < 0:
-            raise InputError(f"the engine's seed is None or an integer, 0 or more, got {seed}")
         if drafter is not None and not callable(drafter):
             raise InputError(
                 "Engine: drafter makes one drafter per sequence: pass AdaptiveDrafting(…) or, for "
@@ -131,7 +128,7 @@ class Engine(EngineStats):
             self.scheduler = scheduler(self.pool)
         self.results: dict[abc.Hashable, RequestOutput] = {}  # finished; ``run`` takes them
         self._requests: dict[abc.Hashable, RequestState] = {}
-        self._seeds = np.random.default_rng(seed)
+        self._seeds = as_generator(seed, "Engine: seed")
         self._ids = count()
         self._deadlines = Deadlines()
         self._stepping = False

@@ -123,7 +123,9 @@ class Request:
         )
         try:
             if shorthand:
-                sampling, output = split_options(sampling, output, shorthand)
+                sampling, output = split_options(
+                    sampling, output, shorthand, "Request", Request.__dataclass_fields__
+                )
                 vars(self).update(sampling=sampling, output=output)
             self._check()
         except InputError as error:

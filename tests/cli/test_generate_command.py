@@ -248,3 +248,10 @@ def test_weights_says_what_becomes_of_quantised_weights(command, tmp_path, monke
     result = run(command, *given, "--weights", "int4")
     assert result.exit_code == 2
     assert "weights is one of auto, float, stored, got 'int4'" in result.stderr
+
+
+@pytest.mark.parametrize("keep", ["1", "3", "256"])
+def test_two_ways_to_a_smaller_cache_exclude_each_other_whatever_their_sizes(model, keep):
+    result = run("generate", "x", "--model", model, "--kv-bits", "4", "--kv-keep", keep)
+    assert result.exit_code == 2
+    assert "some of them in full: choose one" in result.stderr

@@ -368,7 +368,7 @@ def test_an_abort_keeps_the_tokens_so_far_and_is_false_for_unknown_ids(busy):
 
 def test_a_seed_is_none_or_an_integer():
     with pytest.raises(
-        ValueError, match="the engine's seed is None or an integer, 0 or more, got -1"
+        ValueError, match="Engine: seed must be .* a seed .an integer, 0 or more. or None, got -1"
     ):
         Engine(served_model(), num_blocks=1, seed=-1)
 

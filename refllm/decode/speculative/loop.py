@@ -79,6 +79,7 @@ def speculate(
     recorder: LogprobsRecorder | None = None,
 ) -> Iterator[SpeculativeStep]:
     """Yield steps of ``max_tokens`` tokens in all; the first is the prefill's, without drafts.
+    The arguments are checked at the call.
 
     Greedy output is that of ``generate_tokens``; at other temperatures the output
     distribution is. Under a cache ``policy`` this holds given the cache's contents at the
@@ -91,14 +92,43 @@ def speculate(
     policy = checked_policy(policy)
     if getattr(drafter, "trees", False) and not policy.trees:
         raise InputError(NO_TREES)
+    processors = processors or LogitsProcessors(sampling)
+    processors.check_vocabulary(config.vocab_size)
     if max_tokens == 0:
-        return
+        return iter(())
+    return _speculate(
+        weights,
+        config,
+        prompt,
+        max_tokens,
+        sampling,
+        rng,
+        drafter,
+        rule,
+        policy,
+        processors,
+        recorder,
+    )
+
+
+def _speculate(
+    weights: Weights,
+    config: ModelConfig,
+    prompt: Sequence[int],
+    max_tokens: int,
+    sampling: SamplingParams,
+    rng: np.random.Generator,
+    drafter: Drafter,
+    rule: AcceptanceRule,
+    policy: CachePolicy,
+    processors: LogitsProcessors,
+    recorder: LogprobsRecorder | None,
+) -> Iterator[SpeculativeStep]:
+    """``speculate`` with arguments that were checked."""
     end = len(prompt) + max_tokens
     cache = policy.new_cache(config, 1, end, like=weights["norm"], rng=rng)
     tokens = [int(t) for t in prompt]
     decode_step = make_decode_step(weights, config)
-    processors = processors or LogitsProcessors(sampling)
-    processors.check_vocabulary(config.vocab_size)
     raw = logits(weights, prefill(weights, config, [tokens], cache, recorder))  # [1, V]
     z = processed_logits(raw, processors, tokens, len(prompt))
     step = SpeculativeStep([], 0, choose_tokens(z, sampling, rng)[0])
