@@ -249,12 +249,9 @@ def test_no_request_is_overtaken_by_more_than_patience_later_ones(seed, patience
 
 def test_without_patience_left_the_prefix_decides():
     """The control: with more patience a request that shares nothing waits for all that share."""
-    for patience, place in ((0, 1), (2, 3), (99, 6)):
-        scheduler = Scheduler(
-            RadixKVManager(BlockPool(60, 1)),
-            order=LongestPrefix(patience=patience),
-            max_sequences=1,
-        )
+    for patience, place in ((0, 1), (4, 1), (5, 6), (99, 6)):
+        order = LongestPrefix(patience=patience)
+        scheduler = Scheduler(RadixKVManager(BlockPool(60, 1)), order=order, max_sequences=1)
         scheduler.submit(Request(range(9), 1, request_id="first"))
         plan = scheduler.plan()
         scheduler.update(plan, [[SampledTokens([0])]])
