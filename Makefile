@@ -84,7 +84,7 @@ test: $(VENV)/.stamp-test ## the test suite; tests against torch and transformer
 
 # --- more tests ------------------------------------------------------------------------------------------------
 
-.PHONY: style test-kernels test-oracles test-gpu test-llamacpp test-real nightly notebooks lint types theorems theorems-check reading reading-check readme readme-check
+.PHONY: soak style test-kernels test-oracles test-gpu test-llamacpp test-real nightly notebooks lint types theorems theorems-check reading reading-check readme readme-check
 test-oracles: $(VENV)/.stamp-test $(VENV)/.stamp-oracles ## the comparisons with torch and transformers (a large install)
 	REFLLM_REQUIRE_ORACLES=1 $(PYTEST) -m oracle $(ARGS)
 
@@ -107,6 +107,9 @@ test-kernels: $(VENV)/.stamp-test $(VENV)/.stamp-notebooks ## tests that compare
 	set -ex; export OPENBLAS_CORETYPE=$$other OPENBLAS_NUM_THREADS=1; \
 	$(PYTEST) -m 'float_equality and not oracle' $(ARGS); \
 	$(PYTEST) --nbmake --nbmake-timeout=300 -W default notebooks $(ARGS)
+
+soak: $(VENV)/.stamp-test ## serve 20,000 mixed requests and check everything after every step (minutes)
+	$(BIN)/python tests/soak.py $(ARGS)
 
 nightly: $(VENV)/.stamp-test ## the state machines of serving, 100,000 steps each (half an hour)
 	HYPOTHESIS_PROFILE=nightly $(PYTEST) -rP -k state_machine $(addprefix tests/,kv/test_block_pool.py kv/test_hash_prefix.py kv/test_radix_tree.py kv/test_contiguous_allocator.py serve/test_scheduler.py) $(ARGS)
