@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import readme
 import readme_blocks
 import refllm
+from command_line import run
 from refllm.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -150,3 +151,16 @@ def test_a_claim_that_the_records_do_not_bear_out_is_rejected(monkeypatch):
     monkeypatch.setattr(readme_blocks, "benchmark", lambda name: record)
     with pytest.raises(ValueError, match="the targets are not reached"):
         readme_blocks.speed()
+
+
+@pytest.mark.real
+def test_the_chat_is_what_the_real_model_answers():
+    """All but the times."""
+    transcript = re.search(r"```console\n\$ refllm chat\n(.*?)```", README, re.S)[1]
+    _, *turns = re.split(r"^> ", transcript, flags=re.M)
+    asked = [turn.splitlines() for turn in turns]
+    result = run("chat", stdin="".join(f"{question}\n" for question, *_ in asked))
+    assert result.stdout.splitlines() == [answer for _, answer, _ in asked]
+    counts = [re.findall(r"(?:read|wrote|context) [\d,]+", line) for *_, line in asked]
+    found = [re.findall(r"(?:read|wrote|context) [\d,]+", x) for x in result.stderr.splitlines()]
+    assert found == counts
