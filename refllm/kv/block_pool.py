@@ -18,7 +18,7 @@ contents are evicted least recently used first. A block that a copy has still to
 Everything here is Python integers: it can be tested, traced and drawn without a model.
 ``kv.paged`` holds the arrays.
 
-Left out: a null block (a table knows its length), swapping (``serve`` moves whole
+Left out: swapping (``serve`` moves whole
 sequences), more than one pool.
 """
 
@@ -30,6 +30,8 @@ from collections.abc import Callable, Hashable, Sequence
 from refllm.errors import InputError
 
 Key = Hashable
+
+NO_BLOCK = -1  # in a table, where a block was freed behind a sliding window
 
 
 class OutOfBlocks(RuntimeError):
@@ -233,7 +235,8 @@ class BlockTable:
 
     A block before the last is full and never written again, so sharing it is safe; the last
     one, if it is partly filled and shared, is copied before the first write (``reserve``
-    returns which blocks to copy).
+    returns which blocks to copy). Under a sliding window ``drop_before`` frees the blocks that
+    no query will see again; the others keep their places.
 
     >>> table = BlockTable(BlockPool(4, block_size=2))
     >>> table.reserve(3)
@@ -248,8 +251,9 @@ class BlockTable:
 
     def __init__(self, pool: BlockPool):
         self.pool = pool
-        self.blocks: list[int] = []
+        self.blocks: list[int] = []  # the first ``dropped`` are ``NO_BLOCK``
         self.length = 0
+        self.dropped = 0
 
     @property
     def block_size(self) -> int:
@@ -321,7 +325,26 @@ class BlockTable:
         self.length = length
         # the last block first, so that of a remembered prefix the end is evicted first
         while len(self.blocks) > -(-length // self.pool.block_size):
-            self.pool.free(self.blocks.pop())
+            block = self.blocks.pop()
+            if block != NO_BLOCK:
+                self.pool.free(block)
+        self.dropped = min(self.dropped, len(self.blocks))
+
+    def drop_before(self, position: int) -> None:
+        """Free the blocks in which every token stands before ``position``: they are never read
+        again.
+
+        >>> table = BlockTable(BlockPool(4, block_size=2))
+        >>> table.reserve(5), table.commit(5), table.drop_before(3)
+        ([], None, None)
+        >>> table.blocks, table.pool.num_free
+        ([-1, 1, 2], 2)
+        """
+        last = min(position, self.length) // self.pool.block_size
+        for at in range(self.dropped, last):
+            self.pool.free(self.blocks[at])
+            self.blocks[at] = NO_BLOCK
+        self.dropped = max(self.dropped, last)
 
     def fork(self) -> BlockTable:
         """A second sequence with the same tokens: every block gets one more owner, nothing
@@ -330,8 +353,10 @@ class BlockTable:
         child = BlockTable(self.pool)
         # blocks that were reserved and not written stay with the parent
         used = -(-self.length // self.pool.block_size)
-        child.blocks = [self.pool.fork(block) for block in self.blocks[:used]]
+        held = self.blocks[self.dropped : used]
+        child.blocks = [NO_BLOCK] * self.dropped + [self.pool.fork(block) for block in held]
         child.length = self.length
+        child.dropped = self.dropped
         return child
 
     def free(self) -> None:
@@ -345,6 +370,8 @@ class BlockTable:
         if not 0 <= position < self.capacity:
             raise InputError(f"position {position} is not within the {self.capacity} reserved")
         b = self.pool.block_size
+        if position // b < self.dropped:
+            raise InputError(f"position {position} is behind the window: its block was dropped")
         return self.blocks[position // b] * b + position % b
 
     def slots(self, start: int, stop: int) -> list[int]:
@@ -354,5 +381,7 @@ class BlockTable:
     def check(self) -> None:
         """AssertionError if an invariant of the table is broken."""
         assert 0 <= self.length <= self.capacity
-        assert len(set(self.blocks)) == len(self.blocks), "a table holds a block twice"
-        assert all(self.pool.ref_count(b) > 0 for b in self.blocks), "a table holds a free block"
+        assert self.blocks[: self.dropped] == [NO_BLOCK] * self.dropped
+        held = self.blocks[self.dropped :]
+        assert len(set(held)) == len(held), "a table holds a block twice"
+        assert all(self.pool.ref_count(b) > 0 for b in held), "a table holds a free block"

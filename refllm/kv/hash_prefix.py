@@ -139,11 +139,13 @@ class PrefixCache:
         at once.
         """
         full = table.length // self.pool.block_size
-        if not full or (len(keys) >= full and self.pool.key_of(table.blocks[full - 1]) is not None):
+        if full <= table.dropped:
+            return
+        if len(keys) >= full and self.pool.key_of(table.blocks[full - 1]) is not None:
             return  # no block has become full since
         new = full
         # keys are given in order, so the blocks [0, new) have theirs
-        while new and self.pool.key_of(table.blocks[new - 1]) is None:
+        while new > table.dropped and self.pool.key_of(table.blocks[new - 1]) is None:
             new -= 1
         self.extend(keys, tokens[: full * self.pool.block_size], salt)
         for i in range(new, full):

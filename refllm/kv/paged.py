@@ -203,14 +203,17 @@ class _View:
         self.write = asarray_like(write, like, "int64")  # [T], slots of the new tokens
         starts = [0, *accumulate(counts)]  # the first row of each sequence
         busy = [i for i, n in enumerate(counts) if n]
-        lengths = [tables[i].length for i in busy]
+        firsts = [self._first(table) for table in tables]
+        lengths = [tables[i].length - firsts[i] for i in busy]  # that are read
         all_batched = can_batch([counts[i] for i in busy], lengths, cache.heads)
         batch = [i for i in busy if all_batched or counts[i] == 1]
         self.one_by_one = [  # (rows of the step, cached tokens, slots [S]) of each sequence
             (
                 slice(starts[i], starts[i + 1]),
-                tables[i].length,
-                asarray_like(tables[i].slots(0, tables[i].length + counts[i]), like, "int64"),
+                tables[i].length - firsts[i],
+                asarray_like(
+                    tables[i].slots(firsts[i], tables[i].length + counts[i]), like, "int64"
+                ),
             )
             for i in busy
             if not (all_batched or counts[i] == 1)
@@ -221,17 +224,33 @@ class _View:
                 self.rows = slice(0, starts[-1])
             else:
                 self.rows = asarray_like([starts[i] for i in batch], like, "int64")
-            self.slots, self.bias = self._gather([tables[i] for i in batch], counts[batch[0]])
+            self.slots, self.bias = self._gather(
+                [tables[i] for i in batch], [firsts[i] for i in batch], counts[batch[0]]
+            )
 
-    def _gather(self, tables: list[Table], count: int) -> tuple[Array, Array | None]:
-        """Slots [B, S] of B sequences with ``count`` new tokens each, and the bias that
-        hides the padding.
+    def _first(self, table: Table) -> int:
+        """The first position that is read: under a sliding window the beginning of the block
+        in which the window of the first new token begins. Earlier blocks may be freed.
+
+        Attention sees differences of positions alone, so what is read may count from here.
+        """
+        window = self.cache.window
+        b = self.cache.pool.block_size
+        if window is None or table.block_size != b:
+            return 0
+        return max(0, table.length - window + 1) // b * b
+
+    def _gather(
+        self, tables: list[Table], firsts: list[int], count: int
+    ) -> tuple[Array, Array | None]:
+        """Slots [B, S] of B sequences with ``count`` new tokens each, from position
+        ``firsts[i]`` on, and the bias that hides the padding.
 
         A shorter sequence is padded with its own first slot: a hidden value is multiplied
         by 0, and 0 · NaN of another block would be NaN.
         """
         like = self.cache.keys
-        lengths = [t.length for t in tables]
+        lengths = [t.length - first for t, first in zip(tables, firsts, strict=True)]
         longest = max(lengths) + count
         bias = batched_bias(lengths, count, self.cache.window, like)
         xp = namespace(like)
@@ -242,10 +261,10 @@ class _View:
             return asarray_like(rows, like, "int64"), bias
         # Blocks are moved, not slots: those would be B · S Python integers per step.
         width = -(-longest // b)
-        host = [
-            (n + count, *t.blocks[:width], *([t.blocks[0]] * (width - len(t.blocks))))
-            for t, n in zip(tables, lengths, strict=True)
-        ]
+        host = []
+        for table, first, n in zip(tables, firsts, lengths, strict=True):
+            blocks = table.blocks[first // b : first // b + width]
+            host.append((n + count, *blocks, *([blocks[0]] * (width - len(blocks)))))
         moved = asarray_like(host, like, "int64")  # [B, 1 + width], one transfer for both
         slots = moved[:, 1:, None] * b + xp.arange(b)  # [B, width, b]
         slots = xp.reshape(slots, (len(tables), -1))[:, :longest]  # [B, S]

@@ -122,6 +122,7 @@ class Engine(EngineStats):
                 prefix_cache=prefix_cache,
                 max_batch_tokens=max_batch_tokens,
                 max_sequences=max_sequences,
+                window=model.config.sliding_window,
                 **options,
             )
         else:

@@ -56,6 +56,7 @@ def make(
     eviction: str = "lru",
     longest: int | None = None,
     buddy: bool = True,
+    window: int | None = None,
 ) -> BaseScheduler:
     """A scheduler for the slots of ``pool``.
 
@@ -74,6 +75,9 @@ def make(
         tokens of the longest sequence: what ``orca-max`` reserves for each (default 2048),
         and the widest row of ``static`` (default: no limit). ``buddy`` rounds reservations
         to powers of two.
+    window
+        the sliding window of the model's layers: blocks behind it are freed, except in a
+        radix tree.
 
     ValueError for a name that is not in the table, or a cache where there can be none.
     """
@@ -102,9 +106,9 @@ def make(
     if prefix_cache == "radix":
         memory = RadixKVManager(pool, watermark=watermark, policy=eviction)
     elif prefix_cache == "hash":
-        memory = HashKVManager(pool, watermark=watermark)
+        memory = HashKVManager(pool, watermark=watermark, window=window)
     else:
-        memory = PagedKVManager(pool, watermark=watermark)
+        memory = PagedKVManager(pool, watermark=watermark, window=window)
     return Scheduler(
         memory,
         order=policy,

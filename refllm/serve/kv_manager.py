@@ -114,13 +114,17 @@ class PagedKVManager:
 
     can_fork = True
 
-    def __init__(self, pool: BlockPool, *, watermark: float = 0.0):
-        """ValueError unless ``watermark`` is within [0, 1)."""
+    def __init__(self, pool: BlockPool, *, watermark: float = 0.0, window: int | None = None):
+        """``window`` is the sliding window of the model's layers, behind which blocks are freed.
+
+        ValueError unless ``watermark`` is within [0, 1).
+        """
         if not 0 <= watermark < 1:
             raise InputError(f"watermark is a share of the pool within [0, 1), got {watermark}")
         self.pool = pool
         self.block_size = pool.block_size
         self.watermark_blocks = int(watermark * pool.num_blocks)
+        self.window = window
         self._tables: dict[Sequence, BlockTable] = {}
 
     @property
@@ -179,9 +183,21 @@ class PagedKVManager:
     def commit(self, sequence: Sequence) -> None:
         """Note what was written; free the blocks that only rejected drafts needed."""
         table = self._tables[sequence]
+        b = self.block_size
+        full = table.length // b
         table.commit(sequence.computed - table.length)
-        if len(table.blocks) * self.block_size - table.length >= self.block_size:
+        if len(table.blocks) * b - table.length >= b:
             table.truncate(table.length)
+        if table.length // b > full:
+            self._enter_full_blocks(sequence, table)
+        if self.window is not None and table.length >= self.window:
+            # the next token, at position ``length``, sees itself and ``window - 1`` before it
+            table.drop_before(table.length - self.window + 1)
+
+    def _enter_full_blocks(self, sequence: Sequence, table: BlockTable) -> None:
+        """Blocks have become full; a prefix cache remembers them here, before those behind
+        the window are freed: they can be found until they are evicted.
+        """
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """The child holds one more reference to each of the parent's blocks."""
@@ -220,7 +236,8 @@ class PagedKVManager:
 
     def _owned(self) -> list[int]:
         """Every reference to a block, one by one."""
-        return [block for table in self._tables.values() for block in table.blocks]
+        tables = self._tables.values()
+        return [block for table in tables for block in table.blocks[table.dropped :]]
 
     def check(self) -> None:
         """Every reference is counted, every table agrees with its sequence."""

@@ -11,7 +11,8 @@ Of a scheduled sequence:
 | start   | tokens whose keys and values are cached already                           |
 | count   | tokens that it computes now: positions [start, start + count)             |
 | blocks  | its block table: position p lies in ``blocks[p // b]`` at offset p mod b, |
-|         | b = ``block_size``; b = 0: memory is contiguous, slot ``blocks[0] + p``   |
+|         | b = ``block_size``; b = 0: memory is contiguous, slot ``blocks[0] + p``;  |
+|         | ``NO_BLOCK`` where a block behind a sliding window was freed              |
 | samples | rows of logits that it needs, its last ones: 0 in the middle of a prompt, |
 |         | else 1 + drafts                                                           |
 | pad     | positions before its first token that a padded batch computes and masks   |
@@ -34,6 +35,7 @@ from typing import NamedTuple
 
 from refllm.decode.logprobs import TokenLogprobs
 from refllm.errors import InputError
+from refllm.kv.block_pool import NO_BLOCK
 from refllm.serve.kv_manager import Copies
 from refllm.serve.request import Sequence
 
@@ -152,7 +154,8 @@ def _check_item(item: ScheduledSequence, block_size: int) -> None:
     assert item.count >= 1, "an item that computes no token"
     assert 0 <= item.samples <= item.count, "an item samples more than it computes"
     if block_size:
-        assert len(set(item.blocks)) == len(item.blocks), "a block twice in a table"
+        held = [block for block in item.blocks if block != NO_BLOCK]
+        assert len(set(held)) == len(held), "a block twice in a table"
         capacity = len(item.blocks) * block_size
         assert item.start + item.count <= capacity, "a token lies beyond its blocks"
 

@@ -10,6 +10,7 @@ pool for running sequences and for what is cached. The caches themselves are
 | what is cached          | full blocks of prompt and output | the same; outputs when finished |
 | duplicates of a block   | both stay, the first is found    | the later one is freed          |
 | evicted                 | when the pool hands it out       | by the tree, least recent first |
+| behind a sliding window | freed, and found until evicted   | kept: the tree holds prefixes   |
 
 A cached prefix can be found from the step after the one that computed it. (vLLM lets a
 request find blocks that the same step is about to fill. Here a step that fails, or a
@@ -45,9 +46,16 @@ class HashKVManager(PagedKVManager):
     4
     """
 
-    def __init__(self, pool: BlockPool, *, watermark: float = 0.0, hasher: Hasher = sha256_key):
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        watermark: float = 0.0,
+        window: int | None = None,
+        hasher: Hasher = sha256_key,
+    ):
         """``hasher`` makes the key of a block; see ``kv.hash_prefix``."""
-        super().__init__(pool, watermark=watermark)
+        super().__init__(pool, watermark=watermark, window=window)
         self.cache = PrefixCache(pool, hasher)
         # hash chains, also of waiting sequences: a prompt is hashed once
         self._keys: dict[Sequence, list[Key]] = {}
@@ -79,21 +87,17 @@ class HashKVManager(PagedKVManager):
         self._tables[sequence] = table
         return True
 
-    def commit(self, sequence: Sequence) -> None:
-        """Enter the blocks that became full. RequestFailure if the hasher raises: the tokens
-        are committed then, and no block is entered.
+    def _enter_full_blocks(self, sequence: Sequence, table: BlockTable) -> None:
+        """RequestFailure if the hasher raises: the tokens are committed then, and no block is
+        entered.
         """
-        table = self._tables[sequence]
-        full = table.length // self.block_size
-        super().commit(sequence)
-        if table.length // self.block_size > full:
-            keys = self._keys[sequence]
-            request = sequence.request
-            try:
-                self.cache.extend(keys, sequence.tokens[: table.length], request.salt)
-            except Exception as error:
-                raise RequestFailure(request.request_id, "prefix", error) from error
-            self.cache.insert(table, sequence.tokens, keys, salt=request.salt)
+        keys = self._keys[sequence]
+        request = sequence.request
+        try:
+            self.cache.extend(keys, sequence.tokens[: table.length], request.salt)
+        except Exception as error:
+            raise RequestFailure(request.request_id, "prefix", error) from error
+        self.cache.insert(table, sequence.tokens, keys, salt=request.salt)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """The child starts with the hashes of the full blocks that it shares."""

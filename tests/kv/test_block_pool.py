@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from machines import run
-from refllm.kv.block_pool import BlockPool, BlockTable, OutOfBlocks
+from refllm.kv.block_pool import NO_BLOCK, BlockPool, BlockTable, OutOfBlocks
 
 # --- the pool -----------------------------------------------------------------------------
 
@@ -336,6 +336,38 @@ def test_reserved_blocks_stay_with_the_parent_and_the_partly_filled_block_is_cop
     # its last block is its own, and not the one that it writes first
     ((source, target),) = parent.reserve(3)
     assert (source, parent.blocks, child.blocks) == (shared, [target, ahead], [shared])
+
+
+def test_blocks_behind_a_window_are_freed_and_the_others_keep_their_places():
+    pool = BlockPool(8, block_size=2)
+    table = BlockTable(pool)
+    table.reserve(7)
+    table.commit(7)
+    blocks = table.blocks[:]
+    table.drop_before(-3)
+    table.drop_before(1)  # within block 0
+    assert table.blocks == blocks
+    table.drop_before(5)  # within block 2
+    assert table.blocks == [NO_BLOCK, NO_BLOCK, *blocks[2:]]
+    assert (table.dropped, pool.num_free) == (2, 6)
+    table.drop_before(3)  # nothing comes back
+    assert table.dropped == 2
+    assert table.slots(4, 7) == [blocks[2] * 2, blocks[2] * 2 + 1, blocks[3] * 2]
+    with pytest.raises(ValueError, match="position 3 is behind the window"):
+        table.slot(3)
+    child = table.fork()
+    assert (child.blocks, child.length, child.dropped) == (table.blocks, 7, 2)
+    assert pool.ref_count(blocks[2]) == 2
+    child.reserve(2)  # the last block is shared, and copied
+    child.commit(2)
+    child.drop_before(99)  # at most what is written
+    assert child.dropped == 4
+    for one in (table, child):
+        one.check()
+        one.free()
+        assert (one.blocks, one.dropped) == ([], 0)
+    pool.check()
+    assert pool.num_free == 8
 
 
 def test_bad_calls_are_rejected():
