@@ -154,7 +154,7 @@ readme-check: $(VENV)/.stamp-base
 lab: $(VENV)/.stamp-notebooks ## open the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks
 
-bench: $(VENV)/.stamp-base $(VENV)/.stamp-oracles ## the benchmarks, each against its peers, as ratios (minutes)
+bench: $(VENV)/.stamp-base $(VENV)/.stamp-oracles $(VENV)/.stamp-smollm2 ## the benchmarks, each against its peers, as ratios (minutes)
 	@set -e; for file in $$(grep -l "^if __name__" benchmarks/*.py); do echo "== $$file"; $(BIN)/python $$file $(ARGS); done
 
 figures: $(VENV)/.stamp-base ## draw the committed figures again

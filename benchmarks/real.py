@@ -42,6 +42,7 @@ from common import Worker, environment, finish, ratios, shown, spread, table
 
 from decode import ENGINE_PACKAGES, ORACLES
 from refllm.api import Model, load, locate
+from refllm.checkpoints.tensor_files import CheckpointError
 from refllm.openblas import VARIABLE, fast_kernels, read_cpuinfo
 
 FAMILIES = ("SkylakeX", "Haswell")
@@ -74,7 +75,10 @@ class Engine(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    path = locate(options.model)
+    try:
+        path = locate(options.model)
+    except CheckpointError as error:
+        raise SystemExit(str(error)) from error  # with the command that installs the model
     model = load(path, backend="numpy", weights="float")
     prompts = text_prompts(model, max(options.batch), options.prompt)
     long = text_prompts(model, 1, options.prefill)

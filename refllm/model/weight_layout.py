@@ -196,7 +196,7 @@ class Tiles(Blocks):
 
     WIDTH: ClassVar[int] = 32
     MATVEC_ROWS: ClassVar[int] = 6  # up to so many rows are multiplied one by one
-    PACKED_FROM: ClassVar[int] = 24  # mutate: equivalent (speed alone)
+    PACKED_FROM: ClassVar[int] = 96  # mutate: equivalent (speed alone)
     DIVIDED_FROM: ClassVar[int] = 2**62  # never: with more threads there are no tiles
     PACKED_SIZE: ClassVar[int] = 2**17
 
