@@ -86,7 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
         workers, skipped = start(engines, path, options.threads, stack)
         compared = {
-            f"{count} threads": agreement(w, model, prompts) for count, w in workers.items()
+            f"{count} threads": agreement(w, model, prompts, options.new)
+            for count, w in workers.items()
         }
         record: dict[str, Any] = {
             "benchmark": "real",
@@ -218,7 +219,7 @@ def start(
 
 
 def agreement(
-    workers: dict[str, Worker], model: Model, prompts: list[list[int]], new: int = 24
+    workers: dict[str, Worker], model: Model, prompts: list[list[int]], new: int
 ) -> dict[str, Any]:
     """How many sequences are equal to refllm's, and where the others part; also the warm-up."""
     answers = {
@@ -263,6 +264,11 @@ def measure(
     workers: Workers, prompts: list[list[int]], long: list[list[int]], options: argparse.Namespace
 ) -> dict[str, Any]:
     """rounds[threads][what][engine]: a list of one value per round."""
+    for those in workers.values():  # the first call of a shape allocates, and chooses a cache
+        for worker in those.values():
+            for batch in options.batch:
+                worker.ask(prompts=prompts[:batch], new=options.new, seconds=0)
+            worker.ask(prompts=long, new=1, seconds=0)
     rounds: dict[str, Any] = {}
     for number in range(options.rounds):
         print(f"round {number + 1} of {options.rounds}", file=sys.stderr)

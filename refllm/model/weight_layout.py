@@ -81,7 +81,7 @@ class Blocks:
     PACKED_SIZE: ClassVar[int] = 2**20  # elements of a weight that are laid side by side at a time
     # elements × rows from which on helper threads save more than they cost; up to 4 rows take
     # as long as one, which reads the weight from memory
-    DIVIDED_FROM: ClassVar[int] = 2**22
+    DIVIDED_FROM: ClassVar[int] = 2**21
 
     def __init__(self, data: Array):
         count, n, width = data.shape

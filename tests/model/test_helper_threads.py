@@ -149,12 +149,12 @@ def test_threads_do_not_change_a_bit(threads, rows, monkeypatch):
 @pytest.mark.parametrize(
     ("size", "rows", "threads", "expected"),
     [
-        (2**20, 1, 2, 2),
-        (2**20 - 64 * 64, 4, 2, 1),
-        (2**19, 8, 2, 2),
-        (2**19, 7, 2, 1),
-        (2**20, 1, 1, 1),
-        (2**20, 1, 999, 256),  # no more shares than blocks
+        (2**19, 1, 2, 2),
+        (2**19 - 64 * 64, 4, 2, 1),
+        (2**18, 8, 2, 2),
+        (2**18, 7, 2, 1),
+        (2**19, 1, 1, 1),
+        (2**19, 1, 999, 128),  # no more shares than blocks
     ],
 )
 def test_only_products_that_take_long_are_divided(size, rows, threads, expected, monkeypatch):
