@@ -16,6 +16,7 @@ Left out: ALiBi, learned positions, partial rotary, dropout.
 from __future__ import annotations
 
 from refllm.backend import Array, DType, namespace
+from refllm.model.rope import RopeScaling
 
 
 def rms_norm(x: Array, gain: Array, eps: float) -> Array:
@@ -38,13 +39,13 @@ def rms_norm(x: Array, gain: Array, eps: float) -> Array:
 
 
 def rope_table(
-    frequencies: Array, positions: Array, dtype: DType, attention_factor: float = 1.0
+    frequencies: Array, positions: Array, dtype: DType, scaling: RopeScaling | None = None
 ) -> tuple[Array, Array]:
     """cos[T, 1, 1, D/2] and signed sin[T, 1, 2, D/2] of position · θ_i, from
     frequencies[D/2] (float64, ``rope.rope_frequencies``) and positions[T].
 
-    Both are multiplied by ``attention_factor`` (``ModelConfig.attention_factor``): q and k are
-    rotated with them, so scores grow by its square.
+    Both are multiplied by the attention factor of ``scaling``: q and k are rotated with them,
+    so scores grow by its square. (Its frequencies are those that were passed.)
 
     The sine is (−sin, sin), one sign for each half of a head, so that it can be multiplied
     with all heads of a token. Angles are computed in float64: at position 100,000 a float32
@@ -55,9 +56,9 @@ def rope_table(
     angles = positions[:, None, None, None] * frequencies  # [T, 1, 1, D/2]
     cos = xp.cos(angles)
     sin = xp.sin(angles)
-    if attention_factor != 1.0:
-        cos *= attention_factor
-        sin *= attention_factor
+    if scaling is not None and scaling.attention_factor != 1.0:
+        cos *= scaling.attention_factor
+        sin *= scaling.attention_factor
     signed = xp.concat([-sin, sin], axis=2)  # [T, 1, 2, D/2]
     return xp.astype(cos, dtype), xp.astype(signed, dtype)
 

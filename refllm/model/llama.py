@@ -75,7 +75,7 @@ def forward(
     namespace(tokens, positions, weights["norm"])
     x = weights["embed_tokens"].rows(tokens)  # [T, N]
     frequencies = weights["rope_frequencies"]
-    rotation = rope_table(frequencies, positions, x.dtype, config.attention_factor)
+    rotation = rope_table(frequencies, positions, x.dtype, config.rope_scaling)
     last = config.num_hidden_layers - 1
     for index, layer in enumerate(weights["layers"]):
         wanted = rows if index == last else None

@@ -195,7 +195,7 @@ def embed(source: LayerSource, ids: Sequence[Sequence[int]]) -> list[Batch]:
         lengths = [len(sequence) for sequence in part]
         positions = asarray_like([i for n in lengths for i in range(n)], x, "int64")  # [T]
         on_device = asarray_like(frequencies, x, "float64")  # [D/2]
-        rotation = rope_table(on_device, positions, x.dtype, config.attention_factor)
+        rotation = rope_table(on_device, positions, x.dtype, config.rope_scaling)
         batches.append(Batch(lengths, rotation, x))
     return batches
 

@@ -188,8 +188,7 @@ def _forward(
     embedding = params["model.embed_tokens.weight"]
     frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     on_device = asarray_like(frequencies, inputs, "float64")  # [D/2]
-    factor = config.attention_factor
-    table = rope_table(on_device, xp.arange(length), embedding.dtype, factor)
+    table = rope_table(on_device, xp.arange(length), embedding.dtype, config.rope_scaling)
     cos, sin = (xp.tile(t, (size, 1, 1, 1)) for t in table)  # of all B·S tokens
     mask = _causal_mask(xp, min(length, _TILE), embedding.dtype)
     batch = _Batch(size, length, cos, sin, mask, product)

@@ -150,7 +150,7 @@ def test_invariance_of_scores_up_to_the_attention_factor(xp, dtype):
     frequencies = xp.asarray(np.array(rope_frequencies(8, 100.0)))
     scores = []
     for factor in (1.0, 1.5):
-        table = rope_table(frequencies, xp.asarray(np.arange(5)), dtype, factor)
+        table = rope_table(frequencies, xp.asarray(np.arange(5)), dtype, LinearScaling(1.0, factor))
         assert all(t.dtype == dtype for t in table)
         turned = to_host(apply_rope(xp.asarray(x), *table)).astype(np.float64)
         scores.append(turned[:, 0] @ turned[:, 1].T)
@@ -198,9 +198,7 @@ def test_rejects(make, message):
 )
 @given(HEADS, THETAS, yarns(), st.sampled_from([None, (0.7, 0.0), (0.7, 1.3)]))
 def test_oracle_frequencies_equal_transformers(head_dim, theta, scaling, mscales):
-    oracle("transformers")
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
+    functions = oracle("transformers").modeling_rope_utils.ROPE_INIT_FUNCTIONS
     assume(ramp_exists(head_dim, theta, scaling))
     entry = write_scaling(scaling)
     if mscales is not None:  # then the factor is computed from them
@@ -214,7 +212,7 @@ def test_oracle_frequencies_equal_transformers(head_dim, theta, scaling, mscales
         max_position_embeddings=1 << 22,
         rope_parameters={**entry, "rope_theta": theta},
     )
-    theirs, factor = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
+    theirs, factor = functions["yarn"](config, "cpu")
     low, high = yarn_range(head_dim, theta, scaling)
     # float32 powers cost a few ulp, and the ramp divides by its width
     np.testing.assert_allclose(
@@ -225,7 +223,7 @@ def test_oracle_frequencies_equal_transformers(head_dim, theta, scaling, mscales
     assert scaling.attention_factor == pytest.approx(factor, rel=1e-15)
 
     config.rope_parameters = {"rope_type": "linear", "factor": scaling.factor, "rope_theta": theta}
-    theirs, factor = ROPE_INIT_FUNCTIONS["linear"](config, "cpu")
+    theirs, factor = functions["linear"](config, "cpu")
     ours = rope_frequencies(head_dim, theta, LinearScaling(scaling.factor))
     np.testing.assert_allclose(ours, theirs.double().numpy(), rtol=16 * EPS32)
     assert factor == 1.0

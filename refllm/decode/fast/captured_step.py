@@ -175,7 +175,7 @@ class CapturedStep:
         """``layers.rope_table`` in the network's dtype."""
         frequencies = self.weights["rope_frequencies"]
         dtype = self.weights["norm"].dtype
-        return rope_table(frequencies, positions, dtype, self.config.attention_factor)
+        return rope_table(frequencies, positions, dtype, self.config.rope_scaling)
 
     def _capture(self, rows: int) -> SimpleNamespace:
         """The arrays of a step of ``rows`` tokens, the views of them that calls take, and
