@@ -194,6 +194,12 @@ class GGUFTensors(Mapping[str, Any]):
         if name not in self._shapes:
             raise KeyError(name)
         own = gguf_name(name)
+        tensor = self._read(name, own)
+        self.file.forget(own)  # or the file's pages would count beside the copy
+        return tensor
+
+    def _read(self, name: str, own: str) -> Any:
+        """A tensor, copied; ``own`` is its name in the file."""
         record = self.file.tensors[own]
         rows = permutation(self.config, name)
         order: slice | np.ndarray = slice(None)  # of the file's rows, for Hugging Face

@@ -40,6 +40,7 @@ ENVIRONMENT = {
 }
 TINY = {
     "kivi": ["--contexts", "160", "--bits", "2", "3", "--steps", "2", "--rounds", "1"],
+    "stored": ["--layers", "1", "--width", "256", "--rounds", "1"],
     "layout": ["--rows", "1", "2", "--rounds", "1"],
     "step": ["--batch", "1", "2", "--prompt", "3", "--new", "4", "--rounds", "1"],
     "decode": [
@@ -201,6 +202,19 @@ def test_a_quantised_cache_is_timed_beside_a_full_one(tmp_path: Path) -> None:
         assert r["bytes"] < r["full_bytes"] == 160 * 4 * 2 * 2 * 64 * 4
         assert 0 < r["ratio"]["low"] <= r["ratio"]["median"] <= r["ratio"]["high"]
     assert "KIVI / full" in printed
+
+
+def test_a_large_model_is_loaded_in_its_bytes(tmp_path: Path) -> None:
+    record, printed = run("stored", tmp_path)
+    check_record(record, "stored")
+    (found,) = record["results"]
+    parameters = found["parameters"]
+    assert parameters == 8016 * 256 * 2 + 256 * (2 * 256 + 2 * 128 + 3 * 896) + 3 * 256
+    assert 4 * parameters < 8 * found["file_bytes"] < 8 * parameters
+    assert found["peak_bytes"] > found["file_bytes"]
+    assert found["storage"].startswith("weights stored as ")
+    assert found["in_float"].startswith("float32 weights, decoded from ")
+    assert "reading its bytes" in printed
 
 
 def test_parts_of_a_step_sum_to_the_step(tmp_path: Path, checkpoint: Path) -> None:

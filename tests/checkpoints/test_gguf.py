@@ -195,3 +195,32 @@ def make_with(path: Path, config: ModelConfig, metadata: Mapping[str, object]) -
         plan[gguf_name(name)] = ("F32", tensor.shape)
     write(path, config_metadata(config, "x") | metadata, plan, data.__getitem__)
     return path
+
+
+def resident(path: Path) -> int:
+    """Bytes of a mapped file that count as this process's memory."""
+    total = 0
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if not line[:1].isupper():  # the line of a mapping, with its file
+            inside = line.endswith(str(path))
+        elif inside and line.startswith("Rss:"):
+            total += 1024 * int(line.split()[1])
+    return total
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="smaps is Linux's")
+def test_the_files_pages_do_not_count_beside_the_copies(tmp_path):
+    config = replace(CONFIG, vocab_size=70_000, tie_word_embeddings=True)
+    path = make(tmp_path / "x.gguf", config, "Q8_0")
+    with open_file(path) as file:
+        record = file.tensors["token_embd.weight"]
+        before = bytes(file["token_embd.weight"].reshape(-1))
+        assert resident(path) >= record.nbytes - (1 << 16)
+        file.forget("token_embd.weight")
+        rest = path.stat().st_size - record.nbytes + (1 << 16)  # the header, the edges
+        assert resident(path) < rest
+        assert bytes(file["token_embd.weight"].reshape(-1)) == before  # read again
+        weight = GGUFTensors(file, None, None)["model.embed_tokens.weight"]
+        assert resident(path) < rest
+        assert bytes(weight.raw.reshape(-1)) == before

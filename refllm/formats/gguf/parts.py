@@ -115,6 +115,10 @@ class GGUFParts(GGUFFile):
     def __getitem__(self, name: str) -> np.ndarray:
         return self._holder[name][name]
 
+    def forget(self, name: str) -> None:
+        """``GGUFFile.forget``"""
+        self._holder[name].forget(name)
+
     def __exit__(self, *exception: object) -> None:
         for part in self._parts:
             part.__exit__(*exception)

@@ -295,9 +295,9 @@ class GGUFFile(Mapping[str, np.ndarray]):
                     f"{self.path} has {size} bytes, fewer than the shortest GGUF file: "
                     "download it again"
                 )
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        header = parse(memoryview(mapped), str(self.path))
-        self._data = np.frombuffer(mapped, dtype=np.uint8)
+            self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        header = parse(memoryview(self._mapped), str(self.path))
+        self._data = np.frombuffer(self._mapped, dtype=np.uint8)
         self.metadata = header.metadata
         self.tensors = header.tensors
         self.alignment = header.alignment
@@ -313,6 +313,17 @@ class GGUFFile(Mapping[str, np.ndarray]):
         raw = self._data[record.start : record.start + record.nbytes]
         return raw.reshape((*record.shape[:-1], width))
 
+    def forget(self, name: str) -> None:
+        """Give the memory of a tensor's mapped pages back, where the system can: they count as
+        the process's own, and a caller that has copied them needs them no more.
+        """
+        record = self.tensors[name]
+        if hasattr(self._mapped, "madvise") and hasattr(mmap, "MADV_DONTNEED"):
+            first = -(-record.start // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages within it
+            last = (record.start + record.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+            if last > first:
+                self._mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
 
@@ -326,4 +337,4 @@ class GGUFFile(Mapping[str, np.ndarray]):
         return self
 
     def __exit__(self, *exception: object) -> None:
-        del self._data
+        del self._data, self._mapped
