@@ -372,10 +372,13 @@ class Engine(EngineStats):
                 if state.search is not None and update.finish_reason in (None, "dropped"):
                     searches.setdefault(update.request_id, []).append(update)
                     continue
-                searches.pop(update.request_id, None)  # of a search that has failed
-                pending += self._record(state, update)
+                if searches:
+                    searches.pop(update.request_id, None)  # of a search that has failed
+                if ended := self._record(state, update):
+                    pending += ended
             published.append(update)
-            pending += self._call_back(state, [update])
+            if state.callback is not None:
+                pending += self._call_back(state, [update])
         for request_id, group in searches.items():
             with self._lock:
                 state = self._requests.get(request_id)
@@ -386,6 +389,8 @@ class Engine(EngineStats):
             self._call_back(state, hypotheses)
         with self._lock:
             for update in published:
+                if update.finish_reason is None:
+                    continue
                 request_id = update.request_id
                 if request_id in self._requests and not self.scheduler.has_request(request_id):
                     self._finish(request_id, [])

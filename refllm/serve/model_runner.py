@@ -285,8 +285,7 @@ def _consume(one: SamplingInput, continuations: list[list[int]] | None) -> Outco
         return FAILED
     try:
         pairs = zip(one.states, continuations, strict=True)
-        position = len(one.sequence.output)
-        outcome = [state.consume(tokens, position) for state, tokens in pairs]
+        outcome = [state.consume(tokens, one.sequence) for state, tokens in pairs]
     except Exception as error:
         one.fail("text", error)
         return FAILED
@@ -372,12 +371,9 @@ def record_logprobs(
     """Keep the log-probabilities of the sampled tokens where they are wanted: of ``raw``
     logits or of the processed z, [R, V] both. Searches keep their own.
     """
-    scored = [
-        (one, outcome)
-        for one, outcome in zip(inputs, outcomes, strict=True)
-        if one.num_logprobs is not None and one.error is None and not one.request.beam
-    ]
-    for one, outcome in scored:
+    for one, outcome in zip(inputs, outcomes, strict=True):
+        if one.num_logprobs is None or one.error is not None or one.request.beam:
+            continue
         try:
             if one.request.output.logprobs_mode == "raw_logprobs":
                 log_p = sampling.log_probabilities(raw[one.rows])

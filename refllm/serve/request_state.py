@@ -97,12 +97,13 @@ class SequenceState:
             self._uniforms.append(self.rng.random())
         return self._uniforms[position]
 
-    def consume(self, tokens: abc.Sequence[int], position: int) -> SampledTokens:
-        """The next tokens, after ``position`` tokens of output, up to an end or stop token, or
-        to the one that completes a stop string.
+    def consume(self, tokens: abc.Sequence[int], sequence: Sequence) -> SampledTokens:
+        """The next tokens of ``sequence`` up to an end or stop token, or to the one that
+        completes a stop string.
         """
         if self.detokenizer is None and self._ending.isdisjoint(tokens):
             return SampledTokens(tokens)
+        position = len(sequence.tokens) - len(self.request.prompt)  # tokens of output before
         for count, token in enumerate(tokens, 1):
             if self.stops.ends(token, position + count):
                 return SampledTokens(tokens[:count], "stop", self._end(token))
@@ -167,12 +168,15 @@ class RequestState:
             self.search = BeamSearch(request, self.stops, detokenizer)
         # log-probabilities of the outputs: how many tokens beside the sampled one, or None
         self.num_logprobs = request.output.logprobs
+        self.streams_logprobs = self.num_logprobs is not None
         if self.num_logprobs is None and request.num_sequences > request.n:
             self.num_logprobs = 0  # best_of ranks by them
         self.clock = clock
         self.output = RequestOutput(request, submitted_at=clock())
         if request.output.prompt_logprobs is not None:
             self.output.prompt_logprobs = [None]
+        # no text, and no log-probabilities, before the end
+        self._quiet = callback is None and not request.stop and not self.streams_logprobs
         self._make_drafter = make_drafter
         self._sequences: dict[int, SequenceState] = {}
 
@@ -208,17 +212,21 @@ class RequestState:
         Raises what the tokenizer raises, before the output is kept; never for a sequence
         that was aborted or has failed.
         """
+        output = self.output
+        if self._quiet and update.finish_reason is None and output.first_token_at is not None:
+            return  # one more token, without text: nearly all updates
         sequence = update.sequence
-        if self.output.error is None:
-            self.output.error = update.error
-        if self.output.first_token_at is None and update.tokens:
-            self.output.first_token_at = self.clock()
+        if output.error is None:
+            output.error = update.error
+        if output.first_token_at is None and update.tokens:
+            output.first_token_at = self.clock()
         if update.finish_reason in ("abort", "error", "timeout"):
             self._record_cut_off(update)
             return
         state = self.sequence_state(sequence.index)
-        update.text = state.take_text(finished=update.finish_reason is not None)
-        if self.request.output.logprobs is not None:
+        if state.detokenizer is not None:
+            update.text = state.take_text(finished=update.finish_reason is not None)
+        if self.streams_logprobs:
             last = len(sequence.output)
             update.logprobs = state.logprobs[last - len(update.tokens) : last]
         if update.finish_reason is None:
