@@ -138,20 +138,28 @@ def test_patience_waits_for_an_improvement_and_not_longer():
     assert ends == [1.0, 1.0, 1 - 19 / 100, 1 - 19 / 100]
 
 
-def test_ragged_blocks_are_searched_by_their_own_values(xp):
-    """Blocks of (2, 3) over 3 × 4: each has the range that its values have alone. They are so
-    small that an error in the padding, of any usual size, would hide theirs in float32.
+@pytest.mark.parametrize(
+    ("shape", "block"),
+    [
+        ((3, 4), (2, 3)),
+        ((5, 7), (3, 4)),  # 2 rows and 3 columns are left: a copy of the last would weigh double
+    ],
+)
+def test_ragged_blocks_are_searched_by_their_own_values(xp, shape, block):
+    """Each block has the range that its values have alone. They are so small that an error in
+    the padding, of any usual size, would hide theirs in float32.
     """
     rng = np.random.default_rng(3)
-    x = (rng.standard_t(2, (3, 4)) * 2.0**-20).astype(np.float32)
+    x = (rng.standard_t(2, shape) * 2.0**-20).astype(np.float32)
     for rule in RULES:
-        scheme = Scheme(3, rule, "block", (2, 3))
+        scheme = Scheme(3, rule, "block", block)
         alone = Scheme(3, rule, "tensor")
         options = {"max_shrink": 0.8, "patience": None}
         whole = [to_host(end) for end in mse_range(xp.asarray(x), scheme, **options)]
-        for i, rows in enumerate((slice(0, 2), slice(2, 3))):
-            for j, columns in enumerate((slice(0, 3), slice(3, 4))):
-                piece = xp.asarray(np.ascontiguousarray(x[rows, columns]))
+        for i, top in enumerate(range(0, shape[0], block[0])):
+            for j, left in enumerate(range(0, shape[1], block[1])):
+                inside = x[top : top + block[0], left : left + block[1]]
+                piece = xp.asarray(np.ascontiguousarray(inside))
                 for end, expected in zip(whole, mse_range(piece, alone, **options), strict=True):
                     assert end[i, j] == float(expected)
 
