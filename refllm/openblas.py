@@ -4,7 +4,7 @@ imported.
 OpenBLAS has kernels for many processors and chooses by the processor's model. On AMD processors
 with AVX-512 some versions, and any version that does not know the model, take those for AVX2
 (``Haswell``). The kernels for AVX-512 (``SkylakeX``) multiply a few rows without copying the
-weight: on an AMD EPYC (Zen 4) a step of SmolLM2 takes 0.8 times as long for one token and 0.5
+weight: on an AMD EPYC (Zen 4) a step of SmolLM2 takes 0.9 times as long for one token and 0.5
 times for eight (``benchmarks/real.py`` records both families).
 
 ``OPENBLAS_CORETYPE`` is read when NumPy is imported, so only the command line sets it

@@ -42,13 +42,13 @@ even 4 rows and a block of 64 columns stay below 10⁶ multiply-adds).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from math import prod
-from typing import ClassVar, TypeGuard
+from typing import ClassVar, TypeGuard, cast
 
 import numpy as np
-from threadpoolctl import ThreadpoolController
+from threadpoolctl import LibController, ThreadpoolController
 
 from refllm.backend import NUMPY, Array, namespace
 from refllm.model.helper_threads import Call, helper_threads
@@ -213,7 +213,8 @@ class Tiles(Blocks):
         result = out.reshape(rows, 1, count, width).transpose(2, 0, 1, 3)  # [M/w, T, 1, w]
         # [1, T, 1, N] @ [M/w, 1, N, w]. Without order="C" NumPy would choose the loops by the
         # strides of the result, and make the rows the outer one.
-        return [partial(NUMPY.matmul, x[None, :, None], self.data[:, None], out=result, order="C")]
+        matmul = cast("Callable[..., Array]", NUMPY.matmul)  # CuPy's has no order
+        return [partial(matmul, x[None, :, None], self.data[:, None], out=result, order="C")]
 
 
 class OneBlock(Blocks):
@@ -355,6 +356,7 @@ def blas_threads() -> int:
 
 
 @cache
-def _pools() -> list:
+def _pools() -> list[LibController]:
     """NumPy's BLAS, as ``threadpoolctl`` controls it."""
-    return ThreadpoolController().select(user_api="blas").lib_controllers
+    pools: list[LibController] = ThreadpoolController().select(user_api="blas").lib_controllers
+    return pools
