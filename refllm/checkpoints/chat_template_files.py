@@ -7,17 +7,18 @@
 | tokenizer_config.json, ``chat_template``| the default one; or a list of named ones         |
 | chat_template.json, ``chat_template``   | the same, of older processors                    |
 | GGUF ``tokenizer.chat_template``        | the default one                                  |
-| GGUF ``tokenizer.chat_template.NAME``   | further ones                                     |
+| GGUF ``tokenizer.chat_template.NAME``   | further ones, listed by ``.chat_templates``      |
 
 Of a directory, the first place in this order that has a template is read, and the Jinja files
 belong together, as in ``transformers``. Special tokens (``bos_token`` …) stand in
 tokenizer_config.json, in older directories in special_tokens_map.json; in GGUF by their ids.
 
-Left out: templates of other names than these, writing templates.
+Left out: templates of other names than these, writing templates to directories.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,12 @@ from refllm.array_types import JsonView
 from refllm.checkpoints.chat_template import DEFAULT, ChatTemplates
 from refllm.checkpoints.tensor_files import CheckpointError, read_json
 
-__all__ = ["templates_from_directory", "templates_from_metadata"]
+__all__ = [
+    "templates_beside",
+    "templates_from_directory",
+    "templates_from_metadata",
+    "templates_metadata",
+]
 
 KEY = "chat_template"
 GGUF_KEY = "tokenizer.chat_template"
@@ -61,6 +67,16 @@ def templates_from_directory(directory: Path) -> ChatTemplates:
     )
     older = _json(directory / "special_tokens_map.json")
     return ChatTemplates(sources, _special_tokens(older) | _special_tokens(config))
+
+
+def templates_beside(tokenizer: str | os.PathLike[str] | None, own: ChatTemplates) -> ChatTemplates:
+    """The templates of the folder whose tokenizer is read in place of a checkpoint's own; the
+    checkpoint's where there is no such folder, or no template in it.
+    """
+    if tokenizer is None:
+        return own
+    found = templates_from_directory(Path(os.path.expanduser(tokenizer)))
+    return found if found.sources else own
 
 
 def _jinja_files(directory: Path) -> dict[str, str]:
@@ -137,3 +153,14 @@ def templates_from_metadata(metadata: Mapping[str, Any], where: str) -> ChatTemp
         if isinstance(token, int | np.integer) and 0 <= token < len(tokens):
             special[name] = tokens[int(token)]
     return ChatTemplates(sources, special)
+
+
+def templates_metadata(templates: ChatTemplates) -> dict[str, Any]:
+    """The entries of a GGUF file for chat templates."""
+    sources = dict(templates.sources)
+    entries: dict[str, Any] = {}
+    if DEFAULT in sources:
+        entries[GGUF_KEY] = sources.pop(DEFAULT)
+    if sources:
+        entries[f"{GGUF_KEY}s"] = list(sources)
+    return entries | {f"{GGUF_KEY}.{name}": source for name, source in sources.items()}

@@ -34,7 +34,7 @@ import numpy as np
 
 from refllm.backend import NUMPY, Array, Namespace, get
 from refllm.checkpoints.chat_template import ChatTemplates
-from refllm.checkpoints.chat_template_files import templates_from_directory
+from refllm.checkpoints.chat_template_files import templates_beside, templates_from_directory
 from refllm.checkpoints.quantization_files import read_quantization
 from refllm.checkpoints.sources import BUNDLED as BUNDLED
 from refllm.checkpoints.sources import bundled as bundled
@@ -120,11 +120,12 @@ def load(
         from refllm.checkpoints import gguf  # a directory does not need GGUF's modules
 
         config, tree, text, storage, templates = gguf.load(path, xp, dtype, weights, tokenizer)
+        templates = templates_beside(tokenizer, templates)
         return Checkpoint(config, tree, text, Path(path), storage, templates)
     directory = _directory(path)
     config = read_config(directory)
     text = read_tokenizer(directory, config, tokenizer)
-    templates = templates_from_directory(directory)
+    templates = templates_beside(tokenizer, templates_from_directory(directory))
     with open_tensors(directory, config, xp, dtype) as tensors:
         chosen = choose(weights, tensors.stored(), dtype, xp, directory)
         found: Mapping[str, Any] = tensors

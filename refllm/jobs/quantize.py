@@ -57,6 +57,7 @@ COPIED = (  # text files that are copied unchanged
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "chat_template.json",
     "LICENSE",
 )
 

@@ -37,6 +37,12 @@ import numpy as np
 
 from refllm.backend import to_numpy
 from refllm.checkpoints import gguf_tokenizer
+from refllm.checkpoints.chat_template import ChatTemplates
+from refllm.checkpoints.chat_template_files import (
+    templates_from_directory,
+    templates_from_metadata,
+    templates_metadata,
+)
 from refllm.checkpoints.gguf import GGUFTensors, open_file
 from refllm.checkpoints.gguf_names import (
     architecture,
@@ -181,6 +187,7 @@ def convert(
     if any(gguf_type(t).quantized for t in types.values()):
         metadata["general.quantization_version"] = np.uint32(2)
     metadata |= gguf_tokenizer.tokenizer_metadata(tokenizer, config)
+    metadata |= templates_metadata(_chat_templates(source))
     with contextlib.closing(_encoded(slabs, executor, workers)) as encoded:
         write(target, metadata, plan, lambda name: read(name, encoded))
     return Converted(target, types, target.stat().st_size, bits_per_weight(shapes, types))
@@ -216,6 +223,14 @@ def open_source(path: str | Path) -> tuple[ModelConfig, Tokenizer]:
         check_tensors(config, files, directory)
         check_tied(config, files, directory)
     return config, read_tokenizer(directory, config)
+
+
+def _chat_templates(source: str | Path) -> ChatTemplates:
+    """The chat templates of a checkpoint."""
+    if not is_gguf(source):
+        return templates_from_directory(Path(os.path.expanduser(source)))
+    with open_file(source) as file:
+        return templates_from_metadata(file.metadata, str(source))
 
 
 def _model_name(source: str | Path) -> str:

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from chat_models import save_chat_model
 from chat_templates import SPECIAL_TOKENS, user
 from chat_tokenizer import chat_tokenizer
 from conftest import oracle
+from refllm.api import load
+from refllm.checkpoints.chat_template import ChatTemplates
 from refllm.checkpoints.chat_template_files import (
+    templates_beside,
     templates_from_directory,
     templates_from_metadata,
+    templates_metadata,
 )
 from refllm.checkpoints.tensor_files import CheckpointError
+from refllm.quant.to_gguf import convert
 
 NAMED = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}]
 
@@ -136,6 +143,53 @@ def test_the_templates_of_a_gguf_file():
     assert templates_from_metadata({}, "x.gguf").sources == {}
     with pytest.raises(CheckpointError, match="x.gguf: tokenizer.chat_template must be text"):
         templates_from_metadata({"tokenizer.chat_template": 3}, "x.gguf")
+
+
+@pytest.mark.parametrize(
+    "sources", [{}, {"default": "D"}, {"default": "D", "tool_use": "T", "rag": "R"}, {"rag": "R"}]
+)
+def test_templates_written_to_gguf_are_read_back(sources):
+    entries = templates_metadata(ChatTemplates(sources))
+    assert templates_from_metadata(entries, "x").sources == sources
+    assert set(entries.get("tokenizer.chat_templates", [])) == sources.keys() - {"default"}
+
+
+def test_a_converted_chat_model_answers_as_its_source(tmp_path):
+    """To GGUF, and from there to GGUF again, which finds more end tokens by their spelling."""
+    source = save_chat_model(tmp_path / "model")
+    once = tmp_path / "once.gguf"
+    twice = tmp_path / "twice.gguf"
+    convert(source, once, "F32")
+    convert(once, twice, "F32")
+    expected = load(source).chat([user("ab <|im_end|>")], 6, ignore_eos=True)
+    for path in (once, twice):
+        assert load(path).chat_templates.sources == load(source).chat_templates.sources
+        assert load(path).chat([user("ab <|im_end|>")], 6, ignore_eos=True) == expected
+
+
+def test_a_tokenizer_of_another_folder_brings_its_template(tmp_path):
+    own = ChatTemplates({"default": "own"})
+    assert templates_beside(None, own) is own
+    assert templates_beside(tmp_path, own) is own
+    write(tmp_path, "chat_template.jinja", "other")
+    assert templates_beside(str(tmp_path), own).sources == {"default": "other"}
+
+
+@pytest.mark.parametrize("gguf", [False, True])
+def test_a_loaded_model_has_the_template_of_its_tokenizer(gguf, tmp_path):
+    model = save_chat_model(tmp_path / "model")
+    path = model
+    if gguf:
+        path = tmp_path / "model.gguf"
+        convert(model, path, "F32")
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(model / "tokenizer.json", other)
+    write(other, "chat_template.jinja", "other")
+    assert load(path, tokenizer=other).chat_templates.sources == {"default": "other"}
+    assert "<|im_start|>" in load(path).chat_templates.source()
+    (other / "chat_template.jinja").unlink()
+    assert load(path, tokenizer=other).chat_templates == load(path).chat_templates
 
 
 @pytest.mark.oracle
