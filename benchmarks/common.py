@@ -182,7 +182,7 @@ def network(path: str | None) -> Iterator[tuple[Path, str]]:
     """(a checkpoint directory, what it is): ``path``, else the bundled model, else random
     weights of its shape.
     """
-    from refllm.checkpoints.loading import BUNDLED, bundled
+    from refllm.checkpoints.sources import BUNDLED, bundled
 
     if path is not None:
         yield Path(path), path

@@ -30,7 +30,7 @@ from refllm.backend import asarray_like, namespace, to_numpy
 from refllm.checkpoints import loading
 from refllm.checkpoints.chat_template import ChatTemplates, Message
 from refllm.checkpoints.chat_template_tokens import ChatTokenizer
-from refllm.checkpoints.loading import BUNDLED, bundled, locate
+from refllm.checkpoints.sources import BUNDLED, bundled, locate
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.decode.completion import CompletionOutput, OutputReader, StreamChunk
 from refllm.decode.conversation import ANSWER_TOKENS, Conversation

@@ -22,7 +22,7 @@ from chat_models import chat_model
 from conftest import to_host
 from refllm.api import Model, load
 from refllm.checkpoints.chat_template import ChatTemplates
-from refllm.checkpoints.loading import BUNDLED
+from refllm.checkpoints.sources import BUNDLED
 from refllm.checkpoints.tensor_files import CheckpointError
 from refllm.checkpoints.writer import save
 from refllm.decode import generate

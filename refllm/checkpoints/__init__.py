@@ -19,15 +19,8 @@ In reading order:
 The GGUF modules are imported only where there is such a file.
 """
 
-from refllm.checkpoints.loading import (
-    Checkpoint,
-    bundled,
-    iter_tensors,
-    load,
-    locate,
-    read_config,
-    read_tensor,
-)
+from refllm.checkpoints.loading import Checkpoint, iter_tensors, load, read_config, read_tensor
+from refllm.checkpoints.sources import bundled, locate
 from refllm.checkpoints.tensor_files import CheckpointError, TensorFiles
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.checkpoints.writer import save

@@ -36,10 +36,7 @@ from refllm.backend import NUMPY, Array, Namespace, get
 from refllm.checkpoints.chat_template import ChatTemplates
 from refllm.checkpoints.chat_template_files import templates_beside, templates_from_directory
 from refllm.checkpoints.quantization_files import read_quantization
-from refllm.checkpoints.sources import BUNDLED as BUNDLED
-from refllm.checkpoints.sources import bundled as bundled
 from refllm.checkpoints.sources import is_gguf
-from refllm.checkpoints.sources import locate as locate
 from refllm.checkpoints.tensor_files import (
     EMBEDDING,
     FLOATS,

@@ -55,7 +55,7 @@ def convert(
       refllm convert --model ./Llama-3.2-1B --to llama.gguf --type Q5_K_M --imatrix
       refllm generate --model stdlib.gguf
     """
-    from refllm.checkpoints.loading import locate
+    from refllm.checkpoints.sources import locate
     from refllm.quant import to_gguf
 
     source = locate(model)
@@ -88,7 +88,7 @@ def _importance(
     source: Path, windows: int, length: int, seed: int, backend: str
 ) -> dict[str, np.ndarray]:
     """Mean squares of each projection's inputs on calibration text."""
-    from refllm.checkpoints.loading import is_gguf
+    from refllm.checkpoints.sources import is_gguf
     from refllm.quant.imatrix import importance
     from refllm.quant.layer_inputs import calibration_windows
     from refllm.quant.layer_io import CheckpointSource, ModelSource

@@ -148,7 +148,7 @@ def evaluate(
 
 def _name_modules(model: str, score: Score) -> str:
     """The default text: held out only from a model whose manifest says so."""
-    from refllm.checkpoints.loading import locate
+    from refllm.checkpoints.sources import locate
     from refllm.measure.protocol import is_held_out
 
     if is_held_out(locate(model), [d.name for d in score.documents]):

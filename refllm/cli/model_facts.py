@@ -184,7 +184,7 @@ def _facts(
     *,
     weights: Json,
     loaded: str,
-    tokenizer: Json,
+    tokenizer: Json | None,
     templates: ChatTemplates,
     unusual: list[str],
     card: Json | None,

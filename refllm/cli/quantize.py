@@ -151,7 +151,7 @@ def quantize(
       refllm generate --model ./stdlib-w4 'def main('
     """
     from refllm.backend import get
-    from refllm.checkpoints.loading import locate
+    from refllm.checkpoints.sources import locate
     from refllm.jobs import quantize
     from refllm.train.data import read_files
 

@@ -176,7 +176,7 @@ def train(
       refllm train --output mine --data ~/notes --vocab-size 2048 --steps 2000
     """
     from refllm.backend import get
-    from refllm.checkpoints.loading import locate
+    from refllm.checkpoints.sources import locate
     from refllm.jobs import train
     from refllm.jobs.train_options import TrainingOptions
     from refllm.train.optimizer import OPTIMIZERS, SCHEDULES

@@ -56,7 +56,8 @@ from threadpoolctl import threadpool_limits
 
 from refllm.array_types import Array, Json
 from refllm.backend import to_numpy
-from refllm.checkpoints.loading import build_weights, iter_tensors, locate, read_config
+from refllm.checkpoints.loading import build_weights, iter_tensors, read_config
+from refllm.checkpoints.sources import locate
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.corpus import held_out_documents, training_documents
 from refllm.experiments.outlier_injection import INPUTS, inject_outliers

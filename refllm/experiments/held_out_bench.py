@@ -33,7 +33,7 @@ import refllm
 from refllm.api import Model, load
 from refllm.array_types import Json
 from refllm.atomic import write_atomic
-from refllm.checkpoints.loading import locate
+from refllm.checkpoints.sources import locate
 from refllm.corpus import held_out_documents
 from refllm.measure.bootstrap import Interval, blocks, bootstrap_intervals
 from refllm.measure.comparison import (

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from refllm.array_types import Json
-from refllm.checkpoints.loading import BUNDLED, bundled
+from refllm.checkpoints.sources import BUNDLED, bundled
 from refllm.checkpoints.tensor_files import read_json
 from refllm.measure.plotting import FULL, SERIES, axes, coloured, styled
 from refllm.measure.records import Record, Values, write

@@ -51,8 +51,9 @@ from refllm.checkpoints.gguf_names import (
     permutation,
 )
 from refllm.checkpoints.gguf_rope import ROPE_FACTORS, rope_factors
-from refllm.checkpoints.loading import is_gguf, read_config
+from refllm.checkpoints.loading import read_config
 from refllm.checkpoints.quantization_files import read_quantization
+from refllm.checkpoints.sources import is_gguf
 from refllm.checkpoints.tensor_files import (
     CheckpointError,
     TensorFiles,

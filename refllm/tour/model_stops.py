@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from refllm.backend import NUMPY, namespace
-from refllm.checkpoints.loading import locate
+from refllm.checkpoints.sources import locate
 from refllm.corpus import held_out_documents
 from refllm.decode.generate import generate_tokens
 from refllm.decode.sampling_params import GREEDY, SamplingParams

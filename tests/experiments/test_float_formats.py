@@ -7,7 +7,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from refllm.checkpoints.loading import iter_tensors, locate, read_config
+from refllm.checkpoints.loading import iter_tensors, read_config
+from refllm.checkpoints.sources import locate
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.corpus import held_out_documents
 from refllm.experiments import float_formats, fp8_training

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from refllm.checkpoints.loading import locate
+from refllm.checkpoints.sources import locate
 from refllm.corpus import held_out_documents
 from refllm.measure.protocol import (
     MANIFEST,

@@ -24,7 +24,7 @@ from refllm.api import load
 from refllm.checkpoints import loading
 from refllm.checkpoints.gguf_names import gguf_name, hf_name, permutation
 from refllm.checkpoints.gguf_tokenizer import TOKENIZER_JSON, tokenizer_from_metadata
-from refllm.checkpoints.loading import locate
+from refllm.checkpoints.sources import locate
 from refllm.checkpoints.tensor_files import CheckpointError, tensor_shapes
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.checkpoints.writer import save

@@ -56,7 +56,7 @@ class InterleavedLinear(GGUFLinear):
         data = xp.empty(raw.size, dtype=xp.uint8)
         for start, stop, group in self._groups(data):
             rows = xp.reshape(raw[start:stop], (stop - start, *group.shape[:2]))
-            group[...] = xp.moveaxis(rows, 0, -1)  # [w, B, size] → [B, size, w]
+            group[...] = rows.transpose(1, 2, 0)  # [w, B, size] → [B, size, w]
         return data
 
     @property
@@ -65,7 +65,7 @@ class InterleavedLinear(GGUFLinear):
         xp = namespace(self._data)
         out = xp.empty((self.shape[0], row_bytes(self.type, self.shape[1])), dtype=xp.uint8)
         for start, stop, group in self._groups(self._data):
-            out[start:stop] = xp.reshape(xp.moveaxis(group, -1, 0), (stop - start, -1))
+            out[start:stop] = xp.reshape(group.transpose(2, 0, 1), (stop - start, -1))
         return out
 
     def rows(self, index: Array) -> Array:
