@@ -9,7 +9,7 @@ import numpy as np
 
 from networks import random_tensors
 from refllm.checkpoints.gguf_names import config_metadata, gguf_name, permutation
-from refllm.checkpoints.gguf_tokenizer import tokenizer_metadata
+from refllm.checkpoints.gguf_tokenizer_writer import tokenizer_metadata
 from refllm.formats.gguf.codec import quantize
 from refllm.formats.gguf.writer import write
 from refllm.model.config import ModelConfig

@@ -22,11 +22,14 @@ afmoe, tiny_aya, superbpe, gemma4), and those of encoders.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 
 from tokenizers import Regex, pre_tokenizers
 
-__all__ = ["NAMES", "RULES", "PreTokenizer", "split"]
+__all__ = ["NAMES", "PUBLISHED", "RULES", "PreTokenizer", "split"]
 
 # --- expressions ----------------------------------------------------------------------------
 
@@ -82,7 +85,7 @@ def _character_class(ranges: str) -> str:
     return "[" + "".join("-".join(rf"\x{{{code}}}" for code in pair) for pair in ends) + "]"
 
 
-RULES: dict[str, tuple[str, ...]] = {
+_EXPRESSIONS: dict[str, tuple[str, ...]] = {
     "gpt-2": (_GPT2,),
     "llama-bpe": (_LLAMA3,),
     "qwen2": (_QWEN2,),
@@ -106,6 +109,63 @@ RULES: dict[str, tuple[str, ...]] = {
     "viking": (_VIKING, r"\p{N}"),
     "poro-chat": (_VIKING,),
     "minicpm5": (r"\p{N}{1,3}", _LLAMA3.replace("{1,3}", "+")),
+}
+
+# Characters of Unicode 16, which the library knows and llama.cpp's tables do not
+_LATER = """
+    897 1B4E-1B4F 1B7F 1C89-1C8A 2427-2429 31E4-31E5 A7CB-A7CD A7DA-A7DC 105C0-105FF 10D40-10D8F
+    10EC2-10EC4 10EFC 11380-113FF 116D0-116FF 11BC0-11BFF 11F5A 13460-143FF 16100-1613F
+    16D40-16D7F 18CFF 1CC00-1CEBF 1E5D0-1E5FF 1F8B2-1F8BB 1F8C0-1F8C1 1FA89 1FA8F 1FABE 1FAC6
+    1FADC 1FADF 1FAE9 1FBCB-1FBEF
+"""
+
+
+def _dated(pattern: str) -> str:
+    """An expression whose categories, such as ``L``, hold no character of ``_LATER``."""
+    later = _character_class(_LATER).replace("[", "[^", 1)
+    # a function, for the class holds backslashes
+    return re.sub(r"\\p\{[LNPMS]\}", lambda found: f"[{found[0]}&&{later}]", pattern)
+
+
+RULES = {name: tuple(map(_dated, patterns)) for name, patterns in _EXPRESSIONS.items()}
+
+# Rules of published tokenizers that llama.cpp's converter gives these names, and that differ
+# from its rules: in "ſ" after an apostrophe alone, or (tekken, gpt-4o, deepseek) in more
+_ANY_CASE = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_TITLE = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+_SMALL = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_BEFORE = r"[^\r\n\p{L}\p{N}]?"
+_WIDE_CJK = r"[\x{0800}-\x{9FA5}\x{AC00}-\x{D7FF}]+"
+_WIDE_SIGNS = r"\s?[!-/:-~！-／：-～‘-‟　-。]+"
+
+PUBLISHED: dict[str, tuple[tuple[str, ...], ...]] = {
+    "llama-bpe": ((_LLAMA3.replace(_CONTRACTION, _ANY_CASE),),),
+    "qwen2": ((_QWEN2.replace(_CONTRACTION, _ANY_CASE),),),
+    "qwen35": ((_QWEN35.replace(_CONTRACTION, _ANY_CASE),),),
+    "seed-coder": ((_SEED.replace(_CONTRACTION, _ANY_CASE),),),
+    "tekken": (
+        (
+            rf"{_BEFORE}{_TITLE}*{_SMALL}+|{_BEFORE}{_TITLE}+{_SMALL}*|\p{{N}}"
+            rf"|{_CAMEL_PUNCTUATION}|{_SPACE}",
+        ),
+    ),
+    "gpt-4o": (
+        (
+            rf"{_BEFORE}{_TITLE}*{_SMALL}+{_ANY_CASE}?|{_BEFORE}{_TITLE}+{_SMALL}*{_ANY_CASE}?"
+            rf"|\p{{N}}{{1,3}}|{_CAMEL_PUNCTUATION}|{_SPACE}",
+        ),
+    ),
+    "deepseek-llm": (
+        (
+            r"[\r\n]",
+            rf"\s?{_character_class(_CASED)}+",
+            _WIDE_SIGNS,
+            r"\s+$",
+            _WIDE_CJK,
+            r"\p{N}",
+        ),
+    ),
+    "deepseek-coder": ((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _WIDE_CJK, r"\p{N}"),),
 }
 
 
@@ -149,12 +209,18 @@ NAMES: dict[str, PreTokenizer] = {
 }  # fmt: skip
 
 
-def split(rule: str) -> list[pre_tokenizers.PreTokenizer]:
+def split(patterns: Iterable[str]) -> list[pre_tokenizers.PreTokenizer]:
     """The steps of a rule, each isolating the matches of one expression.
 
-    >>> first, second = split("smollm")
+    >>> first, second = split(RULES["smollm"])
     >>> words = pre_tokenizers.Sequence([first, second])
     >>> [word for word, _ in words.pre_tokenize_str("in 12 days")]
     ['in', ' ', '1', '2', ' days']
     """
-    return [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in RULES[rule]]
+    return [_isolating(pattern) for pattern in patterns]
+
+
+@cache
+def _isolating(pattern: str) -> pre_tokenizers.PreTokenizer:
+    """One step; the expression is compiled once."""
+    return pre_tokenizers.Split(Regex(pattern), "isolated")

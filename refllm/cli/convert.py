@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from refllm.cli.options import AnyModelOption, BackendOption, flag, opt
+from refllm.cli.options import AnyModelOption, BackendOption, TokenizerOption, flag, opt
 from refllm.cli.threads import ThreadsOption, use_threads
 from refllm.errors import InputError
 from refllm.terminal import console, format_bytes, note, pairs, progress
@@ -39,6 +39,7 @@ def convert(
     length: LengthOption = 256,
     seed: SeedOption = 0,
     workers: WorkersOption = None,
+    tokenizer: TokenizerOption = None,
     overwrite: OverwriteOption = False,
     threads: ThreadsOption = None,
     backend: BackendOption = "numpy",
@@ -63,7 +64,7 @@ def convert(
     computing = use_threads(threads)
     weights = None
     if imatrix:
-        weights = _importance(source, windows, length, seed, backend)
+        weights = _importance(source, tokenizer, windows, length, seed, backend)
     with progress("converting") as advance:
         made = to_gguf.convert(
             source,
@@ -72,8 +73,11 @@ def convert(
             importance=weights,
             workers=workers,
             overwrite=overwrite,
+            tokenizer=tokenizer,
             progress=advance,
         )
+    for sentence in made.notes:
+        note(sentence)
     counts = sorted(Counter(made.types.values()).items())
     lines = {
         "written": str(made.path),
@@ -85,7 +89,7 @@ def convert(
 
 
 def _importance(
-    source: Path, windows: int, length: int, seed: int, backend: str
+    source: Path, tokenizer: Path | None, windows: int, length: int, seed: int, backend: str
 ) -> dict[str, np.ndarray]:
     """Mean squares of each projection's inputs on calibration text."""
     from refllm.checkpoints.sources import is_gguf
@@ -94,20 +98,20 @@ def _importance(
     from refllm.quant.layer_io import CheckpointSource, ModelSource
     from refllm.quant.to_gguf import open_source
 
-    config, tokenizer = open_source(source)
+    config, own = open_source(source, tokenizer)
     if length > config.max_position_embeddings:
         longest = config.max_position_embeddings
         raise InputError(
             f"windows of {length} tokens are longer than the model's {longest} positions: "
             "lower --length"
         )
-    text = calibration_windows(tokenizer, windows, length, seed, begin=config.bos_token_id)
+    text = calibration_windows(own, windows, length, seed, begin=config.bos_token_id)
     note(f"importance from {windows} windows of {length} tokens of the standard library's source")
     with progress("observing") as advance:
         if is_gguf(source):
             from refllm.api import load
 
-            loaded = load(source, backend)
+            loaded = load(source, backend, tokenizer=tokenizer)
             return importance(ModelSource(loaded.config, loaded.weights), text, advance)
         with CheckpointSource(source, backend=backend) as layers:
             return importance(layers, text, advance)

@@ -8,7 +8,8 @@ than the memory can be converted.
 
 | part                             | where                                                      |
 |----------------------------------|------------------------------------------------------------|
-| names, rows of q and k, metadata | ``checkpoints.gguf_names``, ``checkpoints.gguf_tokenizer`` |
+| names, rows of q and k, metadata | ``checkpoints.gguf_names``                                 |
+| tokenizer                        | ``checkpoints.gguf_tokenizer_writer``                      |
 | types                            | ``formats.gguf.mixes``                                     |
 | encoding                         | ``formats.gguf.codec``                                     |
 | workers                          | ``worker_pool``                                            |
@@ -18,8 +19,7 @@ The files that a worker has open belong to one conversion: the next one opens th
 the source may have been rewritten in between. They are closed when a conversion ends; only the
 processes of a caller's own executor keep the newest source open, until their next conversion.
 
-Left out: sources that are quantised already (rounding errors would be rounded again), chat
-templates.
+Left out: sources that are quantised already (rounding errors would be rounded again).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from pathlib import Path
 import numpy as np
 
 from refllm.backend import to_numpy
-from refllm.checkpoints import gguf_tokenizer
+from refllm.checkpoints import gguf
 from refllm.checkpoints.chat_template import ChatTemplates
 from refllm.checkpoints.chat_template_files import (
     templates_from_directory,
@@ -51,6 +51,7 @@ from refllm.checkpoints.gguf_names import (
     permutation,
 )
 from refllm.checkpoints.gguf_rope import ROPE_FACTORS, rope_factors
+from refllm.checkpoints.gguf_tokenizer_writer import tokenizer_metadata
 from refllm.checkpoints.loading import read_config
 from refllm.checkpoints.quantization_files import read_quantization
 from refllm.checkpoints.sources import is_gguf
@@ -80,12 +81,13 @@ Plan = dict[str, tuple[str, tuple[int, ...]]]  # GGUF name → (storage type, sh
 
 @dataclass(frozen=True)
 class Converted:
-    """The file that was written."""
+    """The file that was written; ``notes`` say what GGUF cannot express of the tokenizer."""
 
     path: Path
     types: dict[str, str]  # GGUF name → storage type
     nbytes: int
     bits_per_weight: float
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ def convert(
     executor: Executor | Callable[[], Executor] | None = None,
     workers: int | None = None,
     overwrite: bool = False,
+    tokenizer: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Converted:
     """Write ``target``, a GGUF file of the mix ``type``, from the checkpoint ``source``.
@@ -139,17 +142,22 @@ def convert(
     executor
         an ``Executor``, or a function that creates one. None is ``workers`` processes (as
         many as there are cores if None), or this process alone if that is 1.
+    tokenizer
+        A folder whose tokenizer.json is written in place of the source's own.
     progress
         is called with (bytes written, all bytes).
 
     Raises
     ------
     CheckpointError
-        for an invalid source, a target that exists, and weights that the type cannot hold.
+        for an invalid source, a target that exists, weights that the type cannot hold, and a
+        tokenizer that GGUF cannot hold.
     """
     target = writable(target, overwrite)
     type = mix_name(type)
-    config, tokenizer = open_source(source)
+    config, text = open_source(source, tokenizer)
+    notes: list[str] = []
+    entries = tokenizer_metadata(text, config, notes.append)
     shapes = {gguf_name(name): shape for name, shape in _ordered(config)}
     heads = Heads(
         architecture(config),
@@ -187,16 +195,19 @@ def convert(
     metadata["general.file_type"] = np.uint32(MIXES[type][1])
     if any(gguf_type(t).quantized for t in types.values()):
         metadata["general.quantization_version"] = np.uint32(2)
-    metadata |= gguf_tokenizer.tokenizer_metadata(tokenizer, config)
+    metadata |= entries
     metadata |= templates_metadata(_chat_templates(source))
     with contextlib.closing(_encoded(slabs, executor, workers)) as encoded:
         write(target, metadata, plan, lambda name: read(name, encoded))
-    return Converted(target, types, target.stat().st_size, bits_per_weight(shapes, types))
+    bits = bits_per_weight(shapes, types)
+    return Converted(target, types, target.stat().st_size, bits, tuple(notes))
 
 
-def open_source(path: str | Path) -> tuple[ModelConfig, Tokenizer]:
-    """Config and tokenizer of a checkpoint, after checking everything that the headers of its
-    files tell.
+def open_source(
+    path: str | Path, tokenizer: str | os.PathLike[str] | None = None
+) -> tuple[ModelConfig, Tokenizer]:
+    """Config and tokenizer of a checkpoint, or the named tokenizer, after checking everything
+    that the headers of its files tell.
     """
     if is_gguf(path):
         with open_file(path) as file:
@@ -213,7 +224,7 @@ def open_source(path: str | Path) -> tuple[ModelConfig, Tokenizer]:
                     f"{path}: its {ROPE_FACTORS} cannot be told from its metadata: start from the "
                     "Hugging Face checkpoint"
                 )
-            return tensors.config, gguf_tokenizer.tokenizer_from_metadata(file.metadata, str(path))
+            return tensors.config, gguf.read_tokenizer(file, tensors.config, tokenizer)
     config = read_config(path)
     directory = Path(os.path.expanduser(path))
     if read_quantization(directory) is not None:
@@ -223,7 +234,7 @@ def open_source(path: str | Path) -> tuple[ModelConfig, Tokenizer]:
     with TensorFiles(directory) as files:
         check_tensors(config, files, directory)
         check_tied(config, files, directory)
-    return config, read_tokenizer(directory, config)
+    return config, read_tokenizer(directory, config, tokenizer)
 
 
 def _chat_templates(source: str | Path) -> ChatTemplates:
@@ -279,15 +290,15 @@ def _slabs(
     slabs = []
     conversion = uuid.uuid4().hex
     names = {gguf_name(name): name for name, _ in tensor_shapes(config)}
-    for gguf, (type, shape) in plan.items():
-        if gguf not in names:
+    for stored, (type, shape) in plan.items():
+        if stored not in names:
             continue  # the RoPE factors, which are computed
         rows = shape[0] if len(shape) == 2 else 1
         count = max(1, SLAB // shape[-1])
         for start in range(0, rows, count):
             stop = min(start + count, rows)
-            weights = importance.get(gguf)
-            slabs.append(Slab(source, conversion, names[gguf], type, start, stop, weights))
+            weights = importance.get(stored)
+            slabs.append(Slab(source, conversion, names[stored], type, start, stop, weights))
     return slabs
 
 
@@ -330,8 +341,8 @@ def _opened(source: str, conversion: str) -> Callable[[str, int, int], np.ndarra
     order. The files stay open for the worker's next slab of the same conversion.
     """
     if is_gguf(source):
-        config, _ = open_source(source)
         tensors: GGUFTensors | TensorFiles = GGUFTensors(open_file(source), None, None)
+        config = tensors.config
     else:
         config = read_config(source)
         tensors = TensorFiles(os.path.expanduser(source))

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as Inner
 from networks import random_tensors
 from refllm.api import Model, load
 from refllm.checkpoints.gguf_names import config_metadata, gguf_name, permutation
-from refllm.checkpoints.gguf_tokenizer import tokenizer_metadata
+from refllm.checkpoints.gguf_tokenizer_writer import tokenizer_metadata
 from refllm.checkpoints.tensor_files import CheckpointError
 from refllm.checkpoints.tokenizer import MissingTokenizer, Tokenizer
 from refllm.checkpoints.writer import save

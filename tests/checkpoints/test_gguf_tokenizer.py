@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
-from tokenizers import Tokenizer as Inner
 
-from refllm.checkpoints.gguf_tokenizer import (
-    TOKENIZER_JSON,
-    WORDS,
-    tokenizer_from_metadata,
-    tokenizer_metadata,
-)
+from refllm.checkpoints.gguf_tokenizer import TOKENIZER_JSON, tokenizer_from_metadata
+from refllm.checkpoints.gguf_tokenizer_writer import tokenizer_metadata
 from refllm.checkpoints.tensor_files import CheckpointError
 from refllm.checkpoints.tokenizer import Tokenizer
 from tiny_models import byte_tokenizer, tiny_config
@@ -45,26 +38,6 @@ def spelled(tokenizer: Tokenizer, text: str, **how: bool) -> list[str]:
     return [tokenizer.inner.id_to_token(i) for i in tokenizer.encode(text, **how)]
 
 
-def with_fallback(vocab: list[str], merges: list[tuple[str, str]]) -> Tokenizer:
-    """BPE with fallback bytes, as Llama 2 has it."""
-    tokens = ["<unk>", "<s>", "</s>", *BYTES, *vocab]
-    inner = Inner(
-        models.BPE(
-            vocab={token: i for i, token in enumerate(tokens)},
-            merges=merges,
-            unk_token="<unk>",
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-    )
-    inner.normalizer = normalizers.Replace(" ", "▁")
-    inner.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
-    inner.add_special_tokens(["<unk>", "<s>", "</s>"])
-    return Tokenizer(inner)
-
-
 # --- SentencePiece's scores ---------------------------------------------------------------
 
 
@@ -89,19 +62,6 @@ def test_the_highest_score_is_merged_first(scores, expected):
     tokenizer = tokenizer_from_metadata(sentencepiece(scores), "x")
     assert spelled(tokenizer, "abc") == expected
     assert tokenizer.decode(tokenizer.encode("abc")) == "abc"
-
-
-def test_of_two_merges_that_make_one_token_the_first_rank_is_its_score():
-    merges = [("b", "c"), ("a", "bc"), ("a", "b"), ("ab", "c")]
-    tokenizer = with_fallback(["a", "b", "c", "ab", "bc", "abc"], merges)
-    written = tokenizer_metadata(tokenizer, tiny_config(vocab_size=265))
-    tokens = written["tokenizer.ggml.tokens"]
-    scores = dict(zip(tokens, written["tokenizer.ggml.scores"].tolist(), strict=True))
-    assert [scores[token] for token in ("bc", "abc", "ab")] == [0.0, -1.0, -2.0]
-    assert {scores[token] for token in ("a", "b", "c", "<unk>", "<0x41>")} == {-4.0}  # last
-    rebuilt = tokenizer_from_metadata(without_json(written), "x")
-    for text in ("abc", "ab", "bc", "cab", "abbc", "aabc c"):
-        assert rebuilt.encode(text) == tokenizer.encode(text)
 
 
 def without_json(metadata: dict[str, Any]) -> dict[str, Any]:
@@ -150,30 +110,6 @@ def test_scores_of_another_length_are_rejected(scores):
 
 
 # --- types of tokens ----------------------------------------------------------------------
-
-
-def test_the_type_of_every_token_is_written():
-    tokenizer = with_fallback(["a", "b", "ab", "<0xZ>", "<user>"], [("a", "b")])
-    tokenizer.inner.add_tokens([AddedToken("<user>", special=False)])
-    written = tokenizer_metadata(tokenizer, tiny_config(vocab_size=267))
-    types = written["tokenizer.ggml.token_type"]
-    assert types.dtype == np.int32
-    found = dict(zip(written["tokenizer.ggml.tokens"], types.tolist(), strict=True))
-    assert {found[token] for token in BYTES} == {BYTE}
-    assert [found[token] for token in ("<unk>", "<s>", "</s>")] == [UNKNOWN, CONTROL, CONTROL]
-    # "<0xZ>" has one character less than a byte
-    assert [found[token] for token in ("a", "ab", "<0xZ>")] == [NORMAL] * 3
-    assert found["<user>"] == USER_DEFINED
-    assert written["tokenizer.ggml.tokens"][264:] == ["[PAD264]", "[PAD265]", "[PAD266]"]
-    assert types[264:].tolist() == [UNUSED] * 3
-
-
-def test_a_byte_level_vocabulary_has_no_bytes_of_the_other_kind():
-    """ "<0x41>" is six plain characters there, and the unknown token a normal one."""
-    inner = Inner(models.BPE(vocab={"<0x41>": 0, "a": 1}, merges=[], unk_token="a"))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    written = tokenizer_metadata(Tokenizer(inner), tiny_config(vocab_size=3))
-    assert written["tokenizer.ggml.token_type"].tolist() == [NORMAL, NORMAL, UNUSED]
 
 
 def test_control_and_user_defined_tokens_are_parsed_as_their_types_say():
@@ -241,84 +177,6 @@ def test_the_beginning_token_of_a_byte_level_vocabulary(added, first):
     known = {key: value for key, value in entries.items() if value is not None}
     tokenizer = tokenizer_from_metadata(known, "x")
     assert tokenizer.encode("a", special=True) == [*first, *byte_tokenizer().encode("a")]
-
-
-def test_a_template_that_also_ends_a_text_begins_it():
-    inner = Inner.from_str(byte_tokenizer().inner.to_str())
-    inner.post_processor = processors.TemplateProcessing(
-        single="<|endoftext|> $A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)]
-    )
-    written = tokenizer_metadata(Tokenizer(inner), tiny_config())
-    assert written["tokenizer.ggml.add_bos_token"] is True
-
-
-@pytest.mark.parametrize(
-    ("bos", "eos", "expected"),
-    [
-        (0, (256,), {"bos": 0, "eos": 256}),
-        (None, (), {}),
-        (1, (5, 6), {"bos": 1, "eos": 5}),  # the first of several
-        (257, (258,), {}),  # beyond the vocabulary
-    ],
-)
-def test_ids_of_the_ends_are_written_where_the_vocabulary_has_them(bos, eos, expected):
-    config = tiny_config(bos_token_id=bos, eos_token_ids=eos)
-    written = tokenizer_metadata(byte_tokenizer(), config)
-    found = {
-        end: written[key] for end in ("bos", "eos") if (key := f"tokenizer.ggml.{end}_token_id")
-        in written
-    }  # fmt: skip
-    assert found == expected
-    assert all(type(value) is np.uint32 for value in found.values())
-    assert written["tokenizer.ggml.add_bos_token"] is (bos == 0)
-
-
-# --- pre-tokenizers -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", WORDS)
-def test_the_words_of_every_known_pre_tokenizer_come_back(name):
-    pattern = WORDS[name]
-    inner = Inner.from_str(byte_tokenizer(300).inner.to_str())
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
-    if pattern is not None:
-        split = pre_tokenizers.Split(Regex(pattern), "isolated")
-        inner.pre_tokenizer = pre_tokenizers.Sequence([split, level])
-    tokenizer = Tokenizer(inner)
-    written = tokenizer_metadata(tokenizer, tiny_config(vocab_size=300))
-    assert written["tokenizer.ggml.pre"] == name
-    rebuilt = tokenizer_from_metadata(without_json(written), "x")
-    for text in ("def return 12345 it's\r\n\n  x", " ", "self.import1234"):
-        assert rebuilt.encode(text) == tokenizer.encode(text)
-        words = [word for word, _ in rebuilt.inner.pre_tokenizer.pre_tokenize_str(text)]
-        assert words == [word for word, _ in inner.pre_tokenizer.pre_tokenize_str(text)]
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        pre_tokenizers.Whitespace(),
-        pre_tokenizers.ByteLevel(add_prefix_space=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        None,
-    ],
-)
-def test_words_that_llama_cpp_has_no_name_for_are_rejected(words):
-    inner = Inner.from_str(byte_tokenizer().inner.to_str())
-    if words is None:
-        raw = json.loads(inner.to_str())
-        raw["pre_tokenizer"] = None
-        inner = Inner.from_str(json.dumps(raw))
-    else:
-        inner.pre_tokenizer = words
-    with pytest.raises(CheckpointError, match=r"no name for the tokenizer's words; it knows gpt-2"):
-        tokenizer_metadata(Tokenizer(inner), tiny_config())
-
-
-def test_only_bpe_is_written():
-    inner = Inner(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
-    with pytest.raises(CheckpointError, match="a WordLevel tokenizer cannot be written to GGUF"):
-        tokenizer_metadata(Tokenizer(inner), tiny_config(vocab_size=2))
 
 
 def test_the_files_own_json_wins_over_its_other_entries():
