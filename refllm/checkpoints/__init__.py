@@ -14,7 +14,10 @@ In reading order:
   ``chat_template_sandbox`` Jinja, ``chat_template_text`` who wrote which character
 - ``gguf``: a network from a GGUF file, whose weights stay quantised
 - ``gguf_names``: names, row order and configuration in GGUF and in Hugging Face's format
-- ``gguf_tokenizer``: a tokenizer as GGUF metadata
+- ``gguf_tokenizer``: the tokenizer of a GGUF file; ``gguf_pre_tokenizers`` and
+  ``gguf_special_tokens`` say what its names mean
+- ``gguf_tokenizer_writer``: a tokenizer as GGUF metadata, compared with the source before it is
+  written (``gguf_words``, ``sample_texts``)
 
 The GGUF modules are imported only where there is such a file.
 """

@@ -15,7 +15,8 @@ from test_gguf import make
 
 from networks import SIZES
 from refllm.checkpoints.gguf_names import config_metadata
-from refllm.checkpoints.gguf_tokenizer import TOKENIZER_JSON, tokenizer_metadata
+from refllm.checkpoints.gguf_tokenizer import TOKENIZER_JSON
+from refllm.checkpoints.gguf_tokenizer_writer import tokenizer_metadata
 from refllm.checkpoints.loading import load
 from refllm.formats.gguf.reader import GGUFFile
 from refllm.formats.gguf.writer import write
