@@ -39,7 +39,7 @@ HOST = {
     "checkpoints.gguf": FILES,
     "checkpoints.gguf_names": "metadata and orders of rows are host data",
     "checkpoints.gguf_rope": "metadata are host data",
-    "checkpoints.gguf_tokenizer": "metadata are host data",
+    "checkpoints.gguf_tokenizer_writer": "metadata are host data",
     "checkpoints.loading:_floats": FILES,
     "checkpoints.tensor_files": FILES,
     "checkpoints.writer": "files hold host bytes; tensors were moved to the host before",
