@@ -12,7 +12,7 @@ is written, what the other entries mean is compared with the tokenizer on sample
 - a name is written only where its rule gives the tokenizer's words, or where the tokenizer is
   the published one that llama.cpp means by the name;
 - scores are written only where they give the tokenizer's ids;
-- what else GGUF cannot express is said, one sentence each: end tokens beyond three, texts that
+- what else GGUF cannot express is noted, one sentence each: end tokens beyond three, texts that
   llama.cpp reads in another way, tokens that strip the spaces around them.
 
 Scores: for BPE the score is minus the rank of the merge.
