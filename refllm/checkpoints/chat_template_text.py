@@ -80,8 +80,9 @@ class TemplateText(str):
     __rmul__ = __mul__
 
     def __getitem__(self, key: SupportsIndex | slice) -> TemplateText:
+        part = super().__getitem__(key)  # first: its errors are those of a str
         marks = self._written[key if isinstance(key, slice) else slice(key, _after(key))]
-        return TemplateText(super().__getitem__(key), marks)
+        return TemplateText(part, marks)
 
     def join(self, parts: Iterable[str], /) -> TemplateText:
         """See ``str.join``."""

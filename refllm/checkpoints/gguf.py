@@ -172,11 +172,20 @@ class GGUFTensors(Mapping[str, Any]):
         metadata describe.
         """
         found: dict[str, np.ndarray] = {}
+        own: dict[str, str] = {}
         for name, record in self.file.tensors.items():
             if name != ROPE_FACTORS:
                 shaped = np.broadcast_to(np.float32(0), record.shape)  # no memory, only a shape
                 found[hf_name(name) or name] = shaped
-        check_tensors(self.config, found, self.where)
+                own[hf_name(name) or name] = name
+
+        def spelled(name: str) -> str:
+            """The file's name of a tensor, also of one that it lacks."""
+            return own[name] if name in own else gguf_name(name)
+
+        check_tensors(
+            self.config, found, self.where, described_by="its metadata", spelled=spelled
+        )
 
     def stored(self) -> Iterator[StoredTensor]:
         """Each tensor of the network as the file stores it."""

@@ -90,7 +90,9 @@ class Entries:
         return value
 
     def _wrong(self, key: str, value: object, wanted: str) -> CheckpointError:
-        """The error for an entry of another type."""
+        """The error for an entry that is missing, or of another type."""
+        if value is None:
+            return CheckpointError(f"{self.where}: the entry {self.arch}.{key} is missing")
         return CheckpointError(
             f"{self.where}: the entry {self.arch}.{key} is {value!r:.40}, not {wanted}"
         )

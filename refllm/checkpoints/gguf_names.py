@@ -223,6 +223,6 @@ def _check_supported(entries: Entries, head_dim: int) -> None:
     causal = entries.metadata.get(f"{arch}.attention.causal", True)
     if causal is not True and causal is not np.True_:
         raise CheckpointError(
-            f"{where}: {arch}.attention.causal is {causal!r:.40}: only causal attention is "
+            f"{where}: {arch}.attention.causal is {causal!s:.40}: only causal attention is "
             "supported"
         )

@@ -3,7 +3,7 @@
 | key (after ``ARCHITECTURE.rope.``)   | meaning                                            |
 |--------------------------------------|----------------------------------------------------|
 | scaling.type                         | none, linear or yarn; a missing one is linear      |
-| scaling.factor; older: scale_linear  | s; a missing one is 1                              |
+| scaling.factor; older: scale_linear  | s; a missing one, or 0, is 1                       |
 | scaling.attn_factor                  | multiplies the attention factor of any type        |
 | scaling.original_context_length      | L; a missing one, or 0, is context_length          |
 | scaling.yarn_beta_fast, _beta_slow   | β, α                                               |
@@ -129,7 +129,7 @@ def scaling_from_metadata(
     key = "rope.scaling.factor"
     if not entries.has(key):
         key = "rope.scale_linear"  # its old name
-    factor = entries.number(key, 1.0)
+    factor = entries.number(key, 1.0) or 1.0
     if not 0 < factor < np.inf:
         raise CheckpointError(f"{entries.where}: {entries.arch}.{key} is {factor!r}, not positive")
     attention = entries.number("rope.scaling.attn_factor", 1.0)

@@ -315,13 +315,16 @@ def check_tensors(
     *,
     wanted: Iterable[tuple[str, Shape]] | None = None,
     optional: tuple[str, ...] = (),
+    described_by: str = "config.json",
+    spelled: Callable[[str], str] = str,
 ) -> list[str]:
     """CheckpointError if a tensor that the network needs is missing or has another shape, or
     one is left over that it does not use.
 
     ``wanted`` replaces ``tensor_shapes(config)``, for files that store some weights as
     several tensors. Names that end with one of ``optional`` may be left over, and are
-    returned.
+    returned. For the sentence: ``described_by`` is where the config comes from, ``spelled``
+    gives the file's own name of a tensor.
     """
     shapes = shapes_of(tensors)
     if wanted is None:
@@ -330,7 +333,7 @@ def check_tensors(
     expert = next((n for n in shapes if _EXPERT.search(n)), None)
     if expert is not None:
         raise CheckpointError(
-            f"{where}: {expert!r} belongs to a mixture of experts: experts are not computed here"
+            f"{where}: {spelled(expert)!r} belongs to a mixture of experts: experts are not computed here"
         )
     for name, shape in wanted:
         if name == HEAD and HEAD not in shapes:
@@ -340,13 +343,13 @@ def check_tensors(
             )
         if name not in shapes:
             raise CheckpointError(
-                f"{where}: the tensor {name!r} is missing, which a {config.family} of "
-                f"{config.num_hidden_layers} layers needs: compare it with config.json"
+                f"{where}: the tensor {spelled(name)!r} is missing, which a {config.family} of "
+                f"{config.num_hidden_layers} layers needs: compare it with {described_by}"
             )
         if shapes[name] != shape:
             raise CheckpointError(
-                f"{where}: {name!r} has shape {shapes[name]}, but config.json says {shape}: "
-                "they belong to different checkpoints"
+                f"{where}: {spelled(name)!r} has shape {shapes[name]}, but {described_by} says "
+                f"{shape}: they belong to different checkpoints"
             )
         needed.add(name)
     if config.tie_word_embeddings:
@@ -356,11 +359,20 @@ def check_tensors(
     ]
     if unknown := [name for name in left if not name.endswith(optional)]:
         raise CheckpointError(
-            f"{where}: {len(unknown)} tensors are not part of a {config.family} network as "
-            f"config.json describes it, such as {unknown[0]!r}: ignoring them would change the "
+            f"{where}: no {config.family} network as {described_by} describes it has the tensor "
+            f"{spelled(unknown[0])!r}{_and_more(len(unknown) - 1)}: to ignore it would change the "
             "output"
         )
     return left
+
+
+def _and_more(count: int) -> str:
+    """How many there are besides.
+
+    >>> _and_more(0), _and_more(2)
+    ('', ' and 2 more')
+    """
+    return f" and {count} more" if count else ""
 
 
 def check_tied(config: ModelConfig, tensors: Mapping[str, Array], where: Path) -> None:

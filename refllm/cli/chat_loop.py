@@ -24,6 +24,7 @@ from refllm.terminal import emit, note
 
 PROMPT = "> "
 CONTINUED = ". "
+BYTE_ORDER_MARK = "\ufeff"
 HELP = """\
 /help         list the commands
 /reset        forget the conversation, and keep the system message
@@ -101,18 +102,30 @@ class ChatLoop:
         """The next line without its end; EOFError after the last one."""
         try:
             if self.interactive and sys.stdout.isatty():
-                return input(prompt)
+                return self._text(input(prompt))
             if self.interactive:
                 print(prompt, end="", file=sys.stderr, flush=True)
             line = sys.stdin.readline()
-        except UnicodeDecodeError as error:
-            if not self.interactive:
-                raise InputError("standard input is not UTF-8 text") from error
-            note("Error: this line is not UTF-8 text")
-            return ""
+        except UnicodeDecodeError:
+            return self._reject_bytes()
         if not line:
             raise EOFError
-        return line.removesuffix("\n")
+        return self._text(line)
+
+    def _text(self, line: str) -> str:
+        """A line without its end, which is \\r\\n in files of Windows, and without the
+        byte-order mark that begins some; InputError for one that is not UTF-8.
+        """
+        if not _is_unicode(line):  # Python keeps such bytes as half characters in some locales
+            return self._reject_bytes()
+        return line.removesuffix("\n").removesuffix("\r").removeprefix(BYTE_ORDER_MARK)
+
+    def _reject_bytes(self) -> str:
+        """An empty line in place of one that is not UTF-8; InputError without a terminal."""
+        if not self.interactive:
+            raise InputError("standard input is not UTF-8 text")
+        note("Error: this line is not UTF-8 text")
+        return ""
 
     # --- commands ---------------------------------------------------------------------------
 
@@ -209,6 +222,11 @@ class ChatLoop:
             facts[-1] += f" at {watch.tokens_per_second:,.1f} tokens/s"
         facts.append(f"context {chat.context_used:,} of {chat.context_size:,}")
         return ", ".join(facts)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text consists of whole characters."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _enable_line_editing() -> None:

@@ -252,7 +252,7 @@ def _family(raw: JsonView) -> str:
 
 
 def _check_supported(family: str, raw: JsonView) -> None:
-    """UnsupportedModel for biases and activations that refllm does not compute."""
+    """UnsupportedModel for biases, activations and attention that refllm does not compute."""
     if raw.get("mlp_bias") or (raw.get("attention_bias") and family != "qwen2"):
         raise UnsupportedModel(
             f"config: biases are supported in qwen2's q, k, v only, not in {family}"
@@ -260,6 +260,10 @@ def _check_supported(family: str, raw: JsonView) -> None:
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
         raise UnsupportedModel(
             f"config: hidden_act {raw['hidden_act']!r} is not supported, only 'silu'"
+        )
+    if not raw.get("is_causal", True):  # of encoders that were made of decoders
+        raise UnsupportedModel(
+            f"config: is_causal is {raw['is_causal']!r}: only causal attention is supported"
         )
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from refllm.checkpoints import chat_template_sandbox
 from refllm.checkpoints.chat_template_sandbox import compiled, literals, rendered
-from refllm.checkpoints.chat_template_text import written
+from refllm.checkpoints.chat_template_text import literal, written
 from refllm.errors import InputError
 
 
@@ -157,3 +157,13 @@ def test_the_literals_of_a_template_are_its_text_and_its_strings():
     assert sorted(found) == ["a", "b", "c", "e", "f"]
     with pytest.raises(InputError, match="no valid Jinja"):
         literals("{{")
+
+
+def test_a_text_has_no_parts_by_name():
+    """As templates ask that take a content of text or of parts."""
+    for source in (
+        "{{ m.content.text is defined }}{{ m['content']['text'] is defined }}",
+        "{{ ('x'.y is defined) ~ ('x'|trim)['z'] is defined }}{{ m.content[9] is defined }}",
+    ):
+        assert "True" not in render(source.replace("~", "or"), m={"content": literal("ab")})
+    assert render("<{{ m.content.text }}>", m={"content": literal("ab")}) == "<>"

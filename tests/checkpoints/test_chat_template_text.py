@@ -121,6 +121,34 @@ def test_tracked_operations_keep_what_the_template_wrote(name, parts, i, j):
             assert by_template == (character in "abAB<|")
 
 
+@pytest.mark.theorem(
+    "what raises an error on a str raises the same error on a template's text",
+    source="jinja2 looks an attribute up as an item, and takes some errors for 'there is none'",
+)
+@pytest.mark.parametrize(
+    "operation",
+    [
+        *(lambda s, key=key: s[key] for key in ("name", 1.5, None, (0, 1), 99, -99)),
+        lambda s: s["a":"b"],  # type: ignore[misc]
+        lambda s: s * "a",
+        lambda s: s + 1,
+        lambda s: 1 + s,
+        lambda s: s % 1,
+        *(lambda s, bad=bad: s.replace("a", bad) for bad in (1, None)),
+        *(lambda s, bad=bad: s.join(bad) for bad in (1, [1], ["a", None])),
+        *(lambda s, name=name: getattr(s, name)(1) for name in ("split", "strip", "lstrip")),
+        *(lambda s, name=name: getattr(s, name)("") for name in ("split", "rsplit")),
+        *(lambda s, name=name: getattr(s, name)(1) for name in ("removeprefix", "removesuffix")),
+    ],
+)
+def test_errors_are_those_of_a_str(operation):
+    with pytest.raises((TypeError, ValueError, LookupError, AttributeError)) as expected:
+        operation("ab")
+    with pytest.raises(type(expected.value)) as caught:
+        operation(literal("ab"))
+    assert type(caught.value) is type(expected.value)
+
+
 def test_a_case_that_changes_the_length_loses_what_was_written():
     text = literal("aß")
     assert text.upper() == "ASS"

@@ -72,6 +72,12 @@ def test_linear_in_every_spelling():
     assert scaled("none", factor=4) is None
     assert [scaled(), scaled("linear"), scaled(factor=1), scaled("linear", factor=1)] == [None] * 4
     assert read({PREFIX + "scaling.finetuned": np.True_}) is None
+    # llama.cpp's "unscaled" is a factor of 0, by either key and for any type
+    assert [scaled(factor=0), scaled("linear", factor=0), scaled("none", factor=0)] == [None] * 3
+    assert scaled("yarn", factor=0) == scaled("yarn", factor=1)
+    zero = {PREFIX + "scale_linear": np.float32(4), PREFIX + "scaling.factor": np.float32(0)}
+    assert read(zero) is None
+    assert read({PREFIX + "scale_linear": np.float32(0)}) is None
     assert scaled(attn_factor=0.5) == LinearScaling(1.0, 0.5)
     assert scaled("none", factor=4, attn_factor=0.5) == LinearScaling(1.0, 0.5)
     assert scaled(factor=4, attn_factor=0.5) == LinearScaling(4.0, 0.5)

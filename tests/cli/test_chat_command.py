@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shlex
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from chat_models import save_chat_model
 from command_line import as_lines, run
 from refllm.api import load
 from refllm.cli import chat_loop
+from refllm.cli.chat_loop import ChatLoop
 from refllm.decode.sampling_params import SamplingParams
+from refllm.errors import InputError
 
 DEFAULT = SamplingParams(repetition_penalty=1.1)
 
@@ -59,6 +62,28 @@ def test_the_last_line_needs_no_line_break(model):
 
 def test_a_line_that_ends_in_a_backslash_is_continued(model):
     assert chat(model, "ab\\\ncd\\\n\\\ne\nf\n").stdout == answers(model, "ab\ncd\n\ne", "f")
+
+
+def test_lines_of_windows_are_the_same_lines(model):
+    text = "ab\\\ncd\n/system Be kind.\nab\n/reset\nef\n/quit\nab\n"
+    result = chat(model, text)
+    windows = chat(model, "\ufeff" + text.replace("\n", "\r\n"))
+    assert windows.stdout == result.stdout != ""
+    assert windows.exit_code == result.exit_code == 0
+    only = chat(model, "\ufeff/quit\r\nab")  # the byte-order mark stands before a command too
+    assert (only.stdout, only.exit_code) == ("", 0)
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_bytes_that_are_no_text_are_named_in_every_locale(model, monkeypatch, capsys, errors):
+    """Python's C locale keeps such bytes as half characters."""
+    stdin = io.TextIOWrapper(io.BytesIO(b"ab\n\xff\xfe\ncd\n"), "utf-8", errors)
+    monkeypatch.setattr("sys.stdin", stdin)
+    conversation = load(model).conversation(rng=0)
+    with pytest.raises(InputError, match="^standard input is not UTF-8 text$"):
+        ChatLoop(conversation, DEFAULT, 5, interactive=False).run()
+    assert "\udcff" not in str(conversation.messages)
+    capsys.readouterr()
 
 
 def test_a_turn_computes_what_is_new(model):
