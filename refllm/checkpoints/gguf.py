@@ -183,9 +183,7 @@ class GGUFTensors(Mapping[str, Any]):
             """The file's name of a tensor, also of one that it lacks."""
             return own[name] if name in own else gguf_name(name)
 
-        check_tensors(
-            self.config, found, self.where, described_by="its metadata", spelled=spelled
-        )
+        check_tensors(self.config, found, self.where, described_by="its metadata", spelled=spelled)
 
     def stored(self) -> Iterator[StoredTensor]:
         """Each tensor of the network as the file stores it."""

@@ -105,6 +105,29 @@ def test_rope_factors_that_make_no_sense_are_rejected(tmp_path, factors):
         load(path, np, "float32")
 
 
+@pytest.mark.parametrize(
+    ("metadata", "extra", "sentence"),
+    [
+        ({}, ["blk.0.attn_q.bias"], r"has the tensor 'blk\.0\.attn_q\.bias': to ignore it"),
+        ({}, ["output_norm.bias", "x"], r"has the tensor 'output_norm\.bias' and 1 more: to"),
+        (
+            {"llama.block_count": np.uint32(3)},
+            [],
+            r"'blk\.2\.attn_norm\.weight' is missing, .*of 3",
+        ),
+        ({"llama.embedding_length": np.uint32(32)}, [], r"'token_embd\.weight' has shape"),
+        ({"llama.embedding_length": None}, [], r"entry llama\.embedding_length is missing$"),
+        ({"llama.attention.causal": np.False_}, [], r"causal is False: only causal"),
+    ],
+)
+def test_sentences_use_the_files_own_names(tmp_path, metadata, extra, sentence):
+    tensors = {name: np.ones(64, "float32") for name in extra}
+    path = make(tmp_path / "x.gguf", metadata=metadata, extra=tensors)
+    with pytest.raises(CheckpointError, match=sentence) as caught:
+        load(path, np, "float32")
+    assert not any(word in str(caught.value) for word in ("config.json", "model.", "np."))
+
+
 @pytest.mark.parametrize("count", ["two", np.float32(1.0), np.array([1, 1], "uint16"), ["1"]])
 def test_a_count_of_parts_is_an_integer(tmp_path, count):
     path = make(tmp_path / "x.gguf", metadata={"split.count": count})

@@ -159,7 +159,7 @@ def test_factors_slow_long_wavelengths_and_keep_short_ones():
         ({"llama.rope.freq_base": "500"}, "llama.rope.freq_base is '500', not a number"),
         ({"llama.rope.freq_base": np.True_}, "not a number"),
         ({"llama.rope.freq_base": np.float32(-1)}, "rope_theta must be positive"),
-        ({"llama.attention.layer_norm_rms_epsilon": None}, "is None, not a number"),
+        ({"llama.attention.layer_norm_rms_epsilon": None}, "layer_norm_rms_epsilon is missing$"),
         ({"llama.rope.scaling.type": "su"}, "RoPE scaling 'su' is not supported"),
         ({"llama.rope.scaling.factor": np.float32(-2)}, "scaling.factor is -2.0, not positive"),
         ({"llama.rope.dimension_count": np.uint32(10)}, "dimension_count is 10, and a head has 20"),

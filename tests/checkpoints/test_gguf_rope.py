@@ -167,9 +167,14 @@ def test_llama_cpps_own_keys_are_written_where_they_suffice():
         )
 
 
-@pytest.mark.parametrize("key", ["factor", "attn_factor"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("factor", value) for value in (-4.0, float("nan"), float("inf"))),
+        *(("attn_factor", value) for value in (0.0, -4.0, float("nan"), float("inf"))),
+    ],
+)
 @pytest.mark.parametrize("type", ["linear", "yarn", None])
-@pytest.mark.parametrize("value", [0.0, -4.0, float("nan"), float("inf")])
 def test_factors_that_make_no_sense_are_rejected(type, key, value):
     with pytest.raises(ValueError, match=f"{key} is|attention_factor is"):
         scaled(type, **{key: value})

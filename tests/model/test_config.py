@@ -133,6 +133,7 @@ REJECTED = {
     "theta is a word": (raw(rope_theta="1e4"), "rope_theta must be a number"),
     "MLP bias": (raw(mlp_bias=True), "biases are supported in qwen2"),
     "attention bias": (raw(attention_bias=True), "biases are supported in qwen2"),
+    "not causal": (raw(is_causal=False), "is_causal is False: only causal attention"),
     "activation": (raw(hidden_act="gelu"), "hidden_act 'gelu' is not supported"),
     "window in qwen2": (
         raw("Qwen2ForCausalLM", use_sliding_window=True, max_window_layers=1),
