@@ -333,7 +333,8 @@ def check_tensors(
     expert = next((n for n in shapes if _EXPERT.search(n)), None)
     if expert is not None:
         raise CheckpointError(
-            f"{where}: {spelled(expert)!r} belongs to a mixture of experts: experts are not computed here"
+            f"{where}: {spelled(expert)!r} belongs to a mixture of experts: experts are not "
+            "computed here"
         )
     for name, shape in wanted:
         if name == HEAD and HEAD not in shapes:
