@@ -139,6 +139,19 @@ def test_everything_stays_stored_on_cupy(tmp_path, monkeypatch):
     assert "float32 weights" in refllm.load(path, weights="float").storage
 
 
+@pytest.mark.real
+def test_the_real_model_computes_the_same_stored_and_decoded():
+    try:
+        stored = refllm.load("smollm2", "numpy", weights="stored")
+    except CheckpointError as error:
+        pytest.skip(str(error))
+    decoded = refllm.load("smollm2", "numpy", weights="float")
+    require_the_same_values(stored, decoded)
+    ids = stored.tokenizer.encode("The capital of France is")
+    z = decoded.logits(ids)
+    np.testing.assert_allclose(stored.logits(ids), z, rtol=0, atol=1e-5 * np.abs(z).max())
+
+
 # --- the decision -------------------------------------------------------------------------
 
 TENSORS = [

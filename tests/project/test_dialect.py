@@ -52,6 +52,7 @@ HOST = {
     "quant.to_gguf": "from files to files; encoders are formats.gguf's",
     "quant.imatrix:importance": "sums of a layer's inputs are moved to the host and kept there",
     "quant.layer_inputs:calibration_windows": "token ids are host data until they are embedded",
+    "decode.sampling_params:as_generator": "random numbers are drawn on the host",
     "decode.fast.captured_step": OVERHEAD,
     "decode.fast.single_token": OVERHEAD,
     "decode.generate": "prompts are lists; the device gets one array per step",

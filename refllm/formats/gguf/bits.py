@@ -80,7 +80,7 @@ def float16_values(data: Array) -> Array:
     wide = xp.astype(bitcast(words, xp.int16), xp.int32)  # the sign fills the upper half
     wide <<= 13
     wide &= -0x70002000  # 0x8FFFE000: the sign, four bits of nothing, exponent and mantissa
-    return bitcast(wide, xp.float32) * xp.float32(2.0**112)
+    return bitcast(wide, xp.float32) * 2.0**112
 
 
 def round_to_float16(x: Array) -> Array:
