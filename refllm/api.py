@@ -21,7 +21,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
-from typing import Any, Literal, Unpack, overload
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -32,7 +32,7 @@ from refllm.checkpoints.chat_template import ChatTemplates, Message
 from refllm.checkpoints.chat_template_tokens import ChatTokenizer
 from refllm.checkpoints.sources import BUNDLED, bundled, locate
 from refllm.checkpoints.tokenizer import Tokenizer
-from refllm.decode.completion import CompletionOutput, OutputReader, StreamChunk
+from refllm.decode.completion import CompletionOutput, OutputReader
 from refllm.decode.conversation import ANSWER_TOKENS, Conversation
 from refllm.decode.generate import generate_tokens
 from refllm.decode.output_params import (
@@ -287,26 +287,6 @@ class Model:
         if details:
             return [run.details(b, reader, self.tokenizer) for b, reader in enumerate(readers)]
         return [reader.tokens for reader in readers]
-
-    @overload
-    def stream(
-        self,
-        prompt: str | Sequence[int],
-        max_tokens: int,
-        *,
-        details: Literal[False] = False,
-        **options: Any,
-    ) -> Iterator[str]: ...
-
-    @overload
-    def stream(
-        self,
-        prompt: str | Sequence[int],
-        max_tokens: int,
-        *,
-        details: Literal[True],
-        **options: Any,
-    ) -> Iterator[StreamChunk]: ...
 
     def stream(
         self,

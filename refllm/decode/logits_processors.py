@@ -84,8 +84,11 @@ class LogitsProcessors:
 
     def check_vocabulary(self, vocabulary: int) -> None:
         """ValueError for a token outside the vocabulary, which no row of logits has."""
-        words = [token for word in self.sampling.bad_words for token in word]
-        named = {"logit_bias": self.sampling.logit_bias, "bad_words": words}
+        words = [word for word in self.sampling.bad_words if not isinstance(word, str)]
+        named = {
+            "logit_bias": list(self.sampling.logit_bias or ()),
+            "bad_words": [token for word in words for token in word],
+        }
         for name, tokens in named.items():
             if tokens and max(tokens) >= vocabulary:
                 raise InputError(
@@ -115,7 +118,7 @@ def with_token_ids(sampling: SamplingParams, tokenizer: Tokenizer) -> SamplingPa
     found: list[tuple[int, ...]] = []
     for word in sampling.bad_words:
         if not isinstance(word, str):
-            found.append(word)
+            found.append(tuple(word))
             continue
         plain = tuple(tokenizer.encode(word.lstrip()))
         if not plain:
@@ -145,7 +148,6 @@ def process_rows(
     busy = [(i, row) for i, row in enumerate(rows) if row is not None and row.processors.active]
     if not busy:
         return z
-    xp = namespace(z)
     index = asarray_like([i for i, _ in busy], z, "int64")
     part = z[index]  # a copy, [rows, V]
     part = _mask_and_bias(part, [row for _, row in busy])
@@ -159,7 +161,7 @@ def process_rows(
                 on_error(i, error)
                 break
     part = _penalize(part, [row for _, row in busy])
-    out = xp.asarray(z, copy=True)
+    out = z.copy()
     out[index] = part
     return out
 

@@ -85,7 +85,7 @@ def _check(name: str, value: object, where: str = "") -> float:
     return number
 
 
-def _is_number(value: object) -> TypeGuard[Real]:
+def _is_number(value: object) -> TypeGuard[float]:
     # float and int come first: asking the abstract class Real takes ten times as long
     return isinstance(value, (float, int, Real)) and not isinstance(value, bool)
 
@@ -126,7 +126,9 @@ def _checked_functions(
 
 def is_token(x: object) -> TypeGuard[int]:
     """Whether x may be a token id."""
-    return isinstance(x, Integral) and not isinstance(x, bool) and x >= 0
+    if isinstance(x, bool) or not isinstance(x, Integral):
+        return False
+    return int(x) >= 0
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def run(
         engine.step()
         for name in list(engine.results):
             result = engine.results.pop(name)
-            prompts.append(result.request.prompt)
+            prompts.append(result.request.prompt_ids)
             answers.append(result.tokens)
             for request in program.follow(result.request, result.tokens):
                 engine.submit(request)

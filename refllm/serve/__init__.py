@@ -26,6 +26,7 @@ and tasks), ``isolation`` (an error of one request ends that request alone), ``f
 pay), ``baselines`` (serving before paged attention).
 """
 
+from refllm.decode.completion import CompletionOutput
 from refllm.serve.adaptive_drafts import AdaptiveDrafting
 from refllm.serve.admission import FirstCome, LongestPrefix, Order, Priority
 from refllm.serve.async_engine import AsyncEngine, EngineClosed, RequestError, RequestStream
@@ -35,7 +36,7 @@ from refllm.serve.engine import Engine
 from refllm.serve.factory import POLICIES
 from refllm.serve.kv_manager import KVManager, PagedKVManager
 from refllm.serve.minimal import MinimalEngine
-from refllm.serve.outputs import CompletionOutput, RequestOutput
+from refllm.serve.outputs import RequestOutput
 from refllm.serve.plan import Plan, SampledTokens, ScheduledSequence, SequenceUpdate
 from refllm.serve.prefix_caching import HashKVManager, RadixKVManager
 from refllm.serve.request import Request, Sequence

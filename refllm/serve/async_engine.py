@@ -251,10 +251,9 @@ class AsyncEngine:
         ``contextlib.aclosing``), aborts the request. Raises as ``submit`` does, and
         ``RequestError`` where the request fails.
         """
-        request = prompt
-        if not isinstance(request, Request):
-            request = Request(prompt, max_tokens, **fields)
-        stream = await self._submit_async(request)
+        if not isinstance(prompt, Request):
+            prompt = Request(prompt, max_tokens, **fields)
+        stream = await self._submit_async(prompt)
         reader = stream.__aiter__()
         try:
             async for chunk in reader:

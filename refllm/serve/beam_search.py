@@ -73,6 +73,16 @@ class Candidate(NamedTuple):
     score: float
 
 
+class Ending(NamedTuple):
+    """A candidate whose output ends with it, and why; see ``Hypothesis``."""
+
+    candidate: Candidate
+    beam: Beam
+    finish_reason: str
+    stop_reason: int | str | None = None
+    ended_by: int | None = None
+
+
 def log_loss(score: float, length: int, length_penalty: float) -> float:
     """log(−score / length ** length_penalty) for a ``score`` ≤ 0, in any range of either.
 
@@ -88,7 +98,7 @@ def normalised_score(score: float, length: int, length_penalty: float) -> float:
     """score / length ** length_penalty; -inf where no float is as large."""
     loss = log_loss(score, length, length_penalty)
     if abs(length_penalty * math.log(length)) < _PLAIN_POWER:
-        return score / length**length_penalty
+        return float(score / length**length_penalty)
     return -math.exp(loss) if loss < _LARGEST_POWER else -math.inf
 
 
@@ -123,46 +133,50 @@ class BeamSearch:
 
         Nothing is kept before ``follow`` or ``best``: a step that fails can be repeated.
         """
-        request = self.request
-        n = request.n
         length = len(beams[0].output) + 1  # of every candidate
         self._found = list(self.finished)
-        kept: list[tuple[Candidate, Beam]] = []
-        ended: list[tuple[Candidate, Beam, str, int | str | None, int | None]] = []
-        at_length = length == request.max_tokens
-        for rank, candidate in enumerate(self._candidates(beams, z)):
-            if candidate.score == -math.inf:
-                break  # masked: no output at all
-            beam, matched = self._extend(self.beams[beams[candidate.row].index], candidate)
-            if self.stops.ends(candidate.token, length):
-                if rank < n:
-                    reason = self.stops.reason(candidate.token)
-                    ended.append((candidate, beam, "stop", reason, candidate.token))
-            elif matched is not None:
-                if rank < n:
-                    ended.append((candidate, beam, "stop", matched, None))
-            else:
-                kept.append((candidate, beam))
-            if len(kept) == n:
-                break
-        if at_length:
-            ended += [(candidate, beam, "length", None, None) for candidate, beam in kept]
+        kept, ended = self._choose(beams, z, length)
+        if length == self.request.max_tokens:
+            ended += [Ending(candidate, beam, "length") for candidate, beam in kept]
             kept = []
-        chosen = [candidate for candidate, *_ in (*ended, *kept)]
+        chosen = [one.candidate for one in ended] + [candidate for candidate, _ in kept]
         entries = self._logprobs(chosen, z, raw)
-        for at, (candidate, beam, *reasons) in enumerate(ended):
-            tokens = [*beams[candidate.row].output, candidate.token]
-            self._add_hypothesis(beam, tokens, *reasons, entries[at])
-        entries = entries[len(ended) :]
+        for one, entry in zip(ended, entries, strict=False):  # the others are of ``kept``
+            self._add_hypothesis(one, beams[one.candidate.row].output, entry)
         if kept and self._is_settled(max(beam.score for _, beam in kept), length):
             kept = []
         by_beam: list[list[tuple[int, Beam]]] = [[] for _ in beams]
-        for (candidate, beam), entry in zip(kept, entries, strict=False):
+        for (candidate, beam), entry in zip(kept, entries[len(ended) :], strict=False):
             if beam.logprobs is not None and entry is not None:
                 beam = beam._replace(logprobs=[*beam.logprobs, entry])
             by_beam[candidate.row].append((candidate.token, beam))
         self._next = [beam for group in by_beam for _, beam in group]
         return [[SampledTokens([token]) for token, _ in group] for group in by_beam]
+
+    def _choose(
+        self, beams: abc.Sequence[Sequence], z: Array, length: int
+    ) -> tuple[list[tuple[Candidate, Beam]], list[Ending]]:
+        """The n best candidates that do not end, and those among the n best that do."""
+        n = self.request.n
+        kept: list[tuple[Candidate, Beam]] = []
+        ended: list[Ending] = []
+        for rank, candidate in enumerate(self._candidates(beams, z)):
+            if candidate.score == -math.inf:
+                break  # masked: no output at all
+            token = candidate.token
+            beam, matched = self._extend(self.beams[beams[candidate.row].index], candidate)
+            if self.stops.ends(token, length):
+                ending = Ending(candidate, beam, "stop", self.stops.reason(token), token)
+            elif matched is not None:
+                ending = Ending(candidate, beam, "stop", matched)
+            else:
+                kept.append((candidate, beam))
+                if len(kept) == n:
+                    break
+                continue
+            if rank < n:
+                ended.append(ending)
+        return kept, ended
 
     def follow(self, survivors: abc.Iterable[Sequence]) -> None:
         """The sequences that are the beams now, in the order of the outcomes."""
@@ -219,14 +233,10 @@ class BeamSearch:
         return token_logprobs(log_probabilities(z), rows, tokens, output.logprobs)
 
     def _add_hypothesis(
-        self,
-        beam: Beam,
-        tokens: list[int],
-        finish_reason: str,
-        stop_reason: int | str | None,
-        ended_by: int | None,
-        entry: TokenLogprobs | None,
+        self, ending: Ending, before: list[int], entry: TokenLogprobs | None
     ) -> None:
+        """The tokens ``before`` an ending, and its own, are a whole output."""
+        candidate, beam, finish_reason, stop_reason, ended_by = ending
         text = None
         if beam.detokenizer is not None:
             beam.detokenizer.flush()
@@ -240,6 +250,7 @@ class BeamSearch:
         logprobs = beam.logprobs
         if logprobs is not None and entry is not None:
             logprobs = [*logprobs, entry]
+        tokens = [*before, candidate.token]
         case = beam.score, len(tokens), self.request.length_penalty
         hypothesis = Hypothesis(
             normalised_score(*case), tokens, finish_reason, stop_reason, ended_by, text, logprobs

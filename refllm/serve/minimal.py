@@ -95,7 +95,7 @@ class MinimalEngine:
         number = len(self.outputs) + len(self.waiting) + len(self.running)
         checked = Request(prompt, max_tokens, number)
         validate_request(checked, self.model.config)
-        tokens = list(checked.prompt)
+        tokens = list(checked.prompt_ids)
         one = Running(number, tokens, len(tokens), max_tokens, self.cache.table())
         if max_tokens < 1 or one.blocks > self.num_blocks:
             raise InputError(f"needs max_tokens >= 1, and {one.blocks} of {self.num_blocks} blocks")

@@ -337,7 +337,7 @@ def process_inputs(z: Array, inputs: abc.Sequence[SamplingInput]) -> Array:
             row = one.rows.start + i
             owners[row] = one
             follows = [*output, *one.sequence.drafts[:i]]
-            rows[row] = Row(one.processors, one.request.prompt, follows)
+            rows[row] = Row(one.processors, one.request.prompt_ids, follows)
     return process_rows(z, rows, lambda row, error: owners[row].fail("processor", error))
 
 
