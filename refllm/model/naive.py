@@ -173,8 +173,11 @@ def yarn(config: ModelConfig, scaling: YarnScaling, i: int) -> float:
     base = config.rope_theta
 
     def turns(pair: float) -> float:
-        return scaling.original_max_position_embeddings / (2 * math.pi * base ** (2 * pair / dim))
+        wavelength: float = 2 * math.pi * base ** (2 * pair / dim)
+        return scaling.original_max_position_embeddings / wavelength
 
+    last: float
+    first: float
     if scaling.truncate:
         pairs = range(dim)
         last = max((p for p in pairs if turns(p) >= scaling.beta_fast), default=0)

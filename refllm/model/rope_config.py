@@ -89,10 +89,11 @@ def _parsed(raw: JsonView, entry: object) -> tuple[float, RopeScaling | None]:
     if kind == "yarn":
         return theta, _yarn(parameters, raw)
     if kind == "llama3":
-        keys = ("factor", "low_freq_factor", "high_freq_factor")
-        factors = (number(parameters, key) for key in keys)
         return theta, Llama3Scaling(
-            *factors, integer(parameters, "original_max_position_embeddings")
+            number(parameters, "factor"),
+            number(parameters, "low_freq_factor"),
+            number(parameters, "high_freq_factor"),
+            integer(parameters, "original_max_position_embeddings"),
         )
     raise UnsupportedModel(
         f"config: RoPE scaling {kind!r} is not supported; supported are 'default', 'linear', "

@@ -341,8 +341,9 @@ def _opened(source: str, conversion: str) -> Callable[[str, int, int], np.ndarra
     order. The files stay open for the worker's next slab of the same conversion.
     """
     if is_gguf(source):
-        tensors: GGUFTensors | TensorFiles = GGUFTensors(open_file(source), None, None)
-        config = tensors.config
+        stored = GGUFTensors(open_file(source), None, None)
+        config = stored.config
+        tensors: GGUFTensors | TensorFiles = stored
     else:
         config = read_config(source)
         tensors = TensorFiles(os.path.expanduser(source))
