@@ -46,13 +46,27 @@ def fast_kernels(cpuinfo: str) -> str | None:
     >>> fast_kernels("vendor_id : GenuineIntel\\nflags : avx2 avx512f") is None
     True
     """
+    return AVX512_KERNELS if _is_amd_with_avx512(_facts(cpuinfo)) else None
+
+
+def is_zen4(cpuinfo: str) -> bool:
+    """Whether Linux's ``/proc/cpuinfo`` describes an AMD processor of the generation Zen 4."""
+    facts = _facts(cpuinfo)
+    return facts.get("cpu family") == "25" and _is_amd_with_avx512(facts)
+
+
+def _facts(cpuinfo: str) -> dict[str, str]:
+    """The names and values of the first processor."""
     facts: dict[str, str] = {}
     for line in cpuinfo.splitlines():
         name, _, value = line.partition(":")
-        facts.setdefault(name.strip(), value.strip())  # the first processor's
-    if facts.get("vendor_id") != "AuthenticAMD":
-        return None
-    return AVX512_KERNELS if AVX512_FLAGS.issubset(facts.get("flags", "").split()) else None
+        facts.setdefault(name.strip(), value.strip())
+    return facts
+
+
+def _is_amd_with_avx512(facts: dict[str, str]) -> bool:
+    flags = facts.get("flags", "").split()
+    return facts.get("vendor_id") == "AuthenticAMD" and AVX512_FLAGS.issubset(flags)
 
 
 def read_cpuinfo() -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from conftest import ROOT
 from refllm import openblas
-from refllm.openblas import AVX512_FLAGS, fast_kernels, prefer_fast_kernels
+from refllm.openblas import AVX512_FLAGS, fast_kernels, is_zen4, prefer_fast_kernels
 
 ZEN4 = "fpu sse2 avx2 fma " + " ".join(sorted(AVX512_FLAGS))
 
@@ -39,6 +39,20 @@ def test_amd_with_avx512_gets_the_kernels_for_it(text, expected):
 @pytest.mark.parametrize("flag", sorted(AVX512_FLAGS))
 def test_every_instruction_that_the_kernels_use_is_required(flag):
     assert fast_kernels(cpuinfo("AuthenticAMD", ZEN4.replace(flag, ""))) is None
+
+
+@pytest.mark.parametrize(
+    ("vendor", "number", "flags", "expected"),
+    [
+        ("AuthenticAMD", 25, ZEN4, True),
+        ("AuthenticAMD", 25, "avx2", False),  # Zen 3
+        ("AuthenticAMD", 26, ZEN4, False),  # Zen 5
+        ("GenuineIntel", 25, ZEN4, False),
+    ],
+)
+def test_zen4_is_known_by_vendor_family_and_instructions(vendor, number, flags, expected):
+    text = cpuinfo(vendor, flags).replace("model name", f"cpu family\t: {number}\nmodel name")
+    assert is_zen4(text) == expected
 
 
 @pytest.fixture

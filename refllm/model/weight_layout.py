@@ -52,6 +52,7 @@ from threadpoolctl import LibController, ThreadpoolController
 
 from refllm.backend import NUMPY, Array, namespace
 from refllm.model.helper_threads import Call, helper_threads
+from refllm.openblas import is_zen4, read_cpuinfo
 
 COLUMNS = 64  # a weight whose M is no multiple of this stays a matrix
 AVX512_KERNELS = ("SkylakeX", "Cooperlake", "SapphireRapids")  # OpenBLAS's names of its families
@@ -113,7 +114,7 @@ class Blocks:
 
     def bind(self, x: Array, out: Array) -> Call:
         """``Dense.bind``: a call writes the product of what x[T, N] holds then to out[T, M]."""
-        if x.shape[0] >= self.PACKED_FROM:  # mutate: equivalent (speed alone)
+        if x.shape[0] >= self.PACKED_FROM and self.packing_pays():
             return partial(self._multiply_side_by_side, x, out)
         shares = self.shares(x.shape[0])
         if len(shares) == 1:
@@ -124,6 +125,12 @@ class Blocks:
             columns = out[:, first * width : last * width]
             calls.append(_in_order(type(self)(self.data[first:last]).products(x, columns)))
         return partial(helper_threads(len(shares) - 1).run, calls)
+
+    def packing_pays(self) -> bool:
+        """Whether many rows are multiplied faster from packed operands: not on one thread of a
+        Zen 4, where a prefill is 1.1 times as fast without packing.
+        """
+        return blas_threads() > 1 or not runs_on_zen4()
 
     def shares(self, rows: int) -> list[tuple[int, int]]:
         """Ranges of blocks [first, last) that threads multiply at the same time."""
@@ -199,6 +206,10 @@ class Tiles(Blocks):
     PACKED_FROM: ClassVar[int] = 96  # mutate: equivalent (speed alone)
     DIVIDED_FROM: ClassVar[int] = 2**62  # never: with more threads there are no tiles
     PACKED_SIZE: ClassVar[int] = 2**17
+
+    def packing_pays(self) -> bool:
+        """Always: these kernels pack anyway."""
+        return True
 
     def padded_rows(self, rows: int) -> int:
         """``Dense.padded_rows``."""
@@ -348,6 +359,12 @@ def kernel_family() -> str:
     """
     names = [pool.architecture for pool in _pools() if pool.internal_api == "openblas"]
     return str(names[0]) if names else ""
+
+
+@cache
+def runs_on_zen4() -> bool:
+    """Whether this is an AMD processor of the generation Zen 4."""
+    return is_zen4(read_cpuinfo())
 
 
 def blas_threads() -> int:

@@ -38,9 +38,10 @@ def laid_out(layout: type[Blocks], weight: np.ndarray) -> Blocks:
     st.sampled_from([2, 30, 128]),
     st.sampled_from([0, 1, 3, 2**20]),
     st.sampled_from(PROCESSORS),
+    st.booleans(),
     seeds,
 )
-def test_matmul_is_the_plain_product(xp, weight, rows, most, many, wide, processor, seed):
+def test_matmul_is_the_plain_product(xp, weight, rows, most, many, wide, processor, zen4, seed):
     x = np.random.default_rng(seed).standard_normal((rows, weight.shape[1])).astype(weight.dtype)
     # groups of at most ``most`` rows; below 4 there are no groups
     with pytest.MonkeyPatch.context() as patch:
@@ -51,6 +52,7 @@ def test_matmul_is_the_plain_product(xp, weight, rows, most, many, wide, process
             # blocks side by side at a time
             patch.setattr(layout, "PACKED_SIZE", wide * layout.WIDTH * weight.shape[1])
         on_processor(patch, *processor)
+        patch.setattr(weight_layout, "runs_on_zen4", lambda: zen4)
         got = to_host(Dense(xp.asarray(weight)).matmul(xp.asarray(x)))
     assert got.shape == (rows, weight.shape[0])
     assert got.dtype == weight.dtype
@@ -79,6 +81,7 @@ def test_every_row_is_in_a_group_whatever_the_rest(rows, monkeypatch):
 @pytest.mark.parametrize("layout", [Blocks, Tiles], ids=["Blocks", "Tiles"])
 @pytest.mark.parametrize("blocks", [0, 1, 2, 3, 9])
 def test_many_rows_see_every_block_however_many_lie_side_by_side(layout, blocks, monkeypatch):
+    monkeypatch.setattr(weight_layout, "runs_on_zen4", lambda: False)
     monkeypatch.setattr(layout, "PACKED_FROM", 4)
     # 0: not even one fits, and one is taken
     monkeypatch.setattr(layout, "PACKED_SIZE", blocks * layout.WIDTH * 7)
@@ -162,6 +165,22 @@ def test_kernels_threads_and_width_choose_the_layout(processor, narrow, wide, mo
     assert layout_for(COLUMNS) is narrow
     assert layout_for(NARROW) is narrow
     assert layout_for(NARROW + COLUMNS) is wide
+
+
+@pytest.mark.parametrize(
+    ("zen4", "threads", "packs"), [(True, 1, False), (True, 2, True), (False, 1, True)]
+)
+def test_many_rows_are_packed_except_on_one_thread_of_a_zen4(zen4, threads, packs, monkeypatch):
+    on_processor(monkeypatch, "SkylakeX", threads)
+    monkeypatch.setattr(weight_layout, "runs_on_zen4", lambda: zen4)
+    packed = []
+    monkeypatch.setattr(
+        Blocks, "_multiply_side_by_side", lambda self, x, out: packed.append(len(x))
+    )
+    blocks = laid_out(Blocks, np.ones((2 * COLUMNS, 3)))
+    for rows in (127, 128, 300):
+        blocks.matmul(np.ones((rows, 3)))
+    assert packed == ([128, 300] if packs else [])
 
 
 def test_one_layout_holds_a_weight_once_in_order():
