@@ -4,7 +4,8 @@
 |-----------------------|---------------------------------------------------------------------|
 | ``org/name``          | with a ``config.json``: the configuration, the tokenizer, and the   |
 |                       | safetensors files (those that the index names); otherwise the GGUF  |
-|                       | file, if the repository has exactly one                             |
+|                       | file, if the repository has exactly one beside those that hold no   |
+|                       | network (mmproj, imatrix)                                           |
 | ``org/name:x.gguf``   | that file, with its parts if its name is that of one of them        |
 
 Nothing else is downloaded: no pickled weights, no code, no second copy of the weights. A
@@ -45,6 +46,9 @@ SMALL_FILES = (
 )
 TIMEOUT = 10.0  # seconds to wait for the list of files before the cache is used
 _NAME = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(:(?P<file>[^:]+))?", re.ASCII)
+# GGUF files that hold no network: the projector of another model's images, importances
+_NO_NETWORK = re.compile(r"(.*/)?([^/]*[-_.])?(mmproj|imatrix)([-_.][^/]*)?", re.IGNORECASE)
+_TEMPLATE = re.compile(r"additional_chat_templates/[^/]+\.jinja")
 _PART = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
 
 
@@ -119,6 +123,7 @@ def _choose(files: list[str], repo: str, file: str | None) -> list[str]:
             raise CheckpointError(f"{repo} has no GGUF file {file!r}: {known}")
         return _with_parts(file, files, repo)
     small = [each for each in SMALL_FILES if each in files]
+    small += [each for each in files if _TEMPLATE.fullmatch(each)]
     if "config.json" in files:
         top = [each for each in files if each.endswith(".safetensors") and "/" not in each]
         if SINGLE in files:
@@ -127,7 +132,7 @@ def _choose(files: list[str], repo: str, file: str | None) -> list[str]:
             return [*small, INDEX]
         if top:  # such as old GPTQ checkpoints, whose file names the bits
             return [*small, *sorted(top)]
-    first = [each for each in gguf if _is_first(each)]
+    first = [each for each in gguf if _is_first(each) and not _NO_NETWORK.fullmatch(each)]
     if len(first) == 1:
         return _with_parts(first[0], files, repo)
     if first:
@@ -310,7 +315,7 @@ def _explain(hub: Any, error: Exception, name: str, repo: str, revision: str | N
             "check the spelling; for a private one run hf auth login"
         ) from error
     if isinstance(error, errors.RevisionNotFoundError):
-        raise CheckpointError(f"{repo} has no revision {revision!r}") from error
+        raise CheckpointError(f"{repo} has no revision {revision or 'main'!r}") from error
     if isinstance(error, errors.HFValidationError):
         raise CheckpointError(
             f"{name!r} is no path here, and no name of a model: {error}"

@@ -162,9 +162,11 @@ def read_config(path: str | Path) -> ModelConfig:
     directory = _directory(path)
     file = directory / "config.json"
     if not file.is_file():
-        raise CheckpointError(
-            f"{directory} has no config.json: pass the directory of a Hugging Face checkpoint"
-        )
+        held = sorted(each.name for each in directory.glob("*.gguf"))
+        what = "the directory of a Hugging Face checkpoint"
+        if held:
+            what = f"the path of a GGUF file in it, such as {held[0]}"
+        raise CheckpointError(f"{directory} has no config.json: pass {what}")
     raw = read_json(file)
     try:
         config = ModelConfig.from_hf(raw)

@@ -101,6 +101,13 @@ def _locate_named(name: str, path: Path, revision: str | None) -> Path | None:
 
 def _unknown(name: str, known: list[str]) -> str:
     """The sentence for a name that is nothing, with the nearest that is something."""
+    if "://" in name or name.startswith(("hf.co/", "huggingface.co/")):
+        return f"{name!r} is an address: a model of the Hugging Face Hub is named org/name"
+    if name.startswith((".", "~", os.sep)) or name.endswith((".gguf", ".safetensors")):
+        return (
+            f"{name!r} does not exist: pass the path of a checkpoint's folder or of a GGUF file, "
+            f"or the name of a model ({', '.join(known)})"
+        )
     return (
         f"{name!r} is neither a folder nor a bundled model ({', '.join(known)})"
         f"{did_you_mean(name, known)}"

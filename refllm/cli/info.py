@@ -60,7 +60,8 @@ def info(
 
     if name is not None and model is not None:
         raise InputError("name one model: as an argument, or with --model")
-    path = locate(name or model or "stdlib")
+    named = model if name is None else name
+    path = locate("stdlib" if named is None else named)
     runs_on = device(backend)
     facts = describe(path, get(backend), weights=weights, verify=verify) | {"runs on": runs_on}
     if as_json:

@@ -84,6 +84,38 @@ def test_only_configuration_tokenizer_and_safetensors_are_downloaded(hub, checkp
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= hub.downloaded()
 
 
+def test_every_chat_template_that_is_read_is_downloaded(hub, checkpoint):
+    template = "{{ messages[0].content }}"
+    more = {
+        "chat_template.jinja": template.encode(),
+        "additional_chat_templates/tool_use.jinja": b"tools " + template.encode(),
+        "additional_chat_templates/notes.txt": b"",
+        "old/additional_chat_templates/x.jinja": b"",
+    }
+    hub.add(NAME, checkpoint | more)
+    templates = refllm.load(NAME).chat_templates
+    assert dict(templates.sources) == {"default": template, "tool_use": f"tools {template}"}
+    assert hub.downloaded() & more.keys() == set(list(more)[:2])
+
+
+def test_a_gguf_file_without_a_network_is_not_chosen(hub):
+    others = {"imatrix.gguf", "mmproj-F16.gguf", "x/m-mmproj-BF16.gguf", "m.imatrix.gguf"}
+    files = dict.fromkeys([*others, "mmprojector-7B.gguf"], b"GGUF")
+    hub.add(NAME, files)
+    assert fetch(NAME).name == "mmprojector-7B.gguf"
+    assert fetch(f"{NAME}:imatrix.gguf").name == "imatrix.gguf"  # by its name
+    hub.add("org/none", dict.fromkeys(others, b"GGUF"))
+    with pytest.raises(CheckpointError, match="has neither config.json with safetensors nor a GGU"):
+        fetch("org/none")
+
+
+def test_the_revision_that_is_missing_is_named(hub, checkpoint):
+    hub.add(NAME, checkpoint, "refs/pr/1")
+    with pytest.raises(CheckpointError, match="org/tiny has no revision 'main'$"):
+        fetch(NAME)
+    assert refllm.load(NAME, revision="refs/pr/1").config == tiny_config()
+
+
 def test_what_is_in_the_cache_is_not_downloaded_again(hub, checkpoint):
     hub.add(NAME, checkpoint)
     first = fetch(NAME)
@@ -237,7 +269,9 @@ def test_a_path_wins_over_the_hub(hub, checkpoint):
     assert locate(NAME) == Path(NAME)
     assert hub.requested == []
     for name in ("./org/other", "other", "a/b/c", "models/x.gguf", Path("org/other")):
-        with pytest.raises(CheckpointError, match="neither a folder"):
+        with pytest.raises(
+            CheckpointError, match=r"neither a folder|does not exist: pass the path"
+        ):
             locate(name)
     assert hub.requested == []
 

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from refllm.checkpoints import sources
+from refllm.checkpoints.loading import load as load_checkpoint
 from refllm.checkpoints.sources import BUNDLED, SMOLLM2_FILE, locate
 from refllm.checkpoints.tensor_files import CheckpointError
+from refllm.errors import InputError
 
 CONTENT = b"GGUF, made up"
 
@@ -25,6 +27,35 @@ def test_a_name_is_a_bundled_model_and_any_other_string_a_path(tmp_path, monkeyp
     assert locate("./stdlib") == Path("./stdlib")
     with pytest.raises(CheckpointError, match="'nothing' is neither a folder nor a bundled model"):
         locate("nothing")
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("", "^a model is named by a string or a path, got an empty one$"),
+        ("./nothing", "'./nothing' does not exist: pass the path of a checkpoint's folder or of"),
+        ("/nothing/x.gguf", "'/nothing/x.gguf' does not exist: "),
+        ("x.gguf", "'x.gguf' does not exist: "),
+        ("https://huggingface.co/org/name", "is an address: .* is named org/name$"),
+        ("hf.co/org/name", "is an address: .* is named org/name$"),
+        ("smolm2", "did you mean 'smollm2'"),
+    ],
+)
+def test_what_is_nothing_is_told_by_what_it_looks_like(tmp_path, monkeypatch, name, sentence):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=sentence):
+        locate(name)
+
+
+def test_a_folder_of_gguf_files_names_one(tmp_path):
+    with pytest.raises(CheckpointError, match="config.json: pass the directory of a Hugging Face"):
+        load_checkpoint(tmp_path)
+    (tmp_path / "b.gguf").write_bytes(b"GGUF")
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    with pytest.raises(
+        CheckpointError, match=r"config.json: pass the path of a .* such as a\.gguf$"
+    ):
+        load_checkpoint(tmp_path)
 
 
 @pytest.fixture

@@ -145,6 +145,8 @@ def test_a_model_is_named_by_position_or_by_option():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (["info", ""], "a model is named by a string or a path, got an empty one"),
+        (["info", "--model", ""], "a model is named by a string or a path, got an empty one"),
         (["info", "Stdlb"], "did you mean 'stdlib'?"),
         (["generate", "x", "--model", "smolm2"], "did you mean 'smollm2'?"),
         (["simulate", "--model", "lama-8b"], "did you mean 'llama-8b'?"),

@@ -91,7 +91,7 @@ def bad_commands() -> list[tuple[str, str]]:
     return [
         ("nonsense", "No such command"),
         ("info --nonsense", "No such option"),
-        ("info --model NOWHERE", "neither a folder nor a bundled model"),
+        ("info --model NOWHERE", "does not exist: pass the path"),
         ("info --model TEXT", "is a file"),
         ("info --model EMPTY", "no config.json"),
         ("info --model MODEL --backend torch", "unknown backend 'torch'"),
@@ -99,7 +99,7 @@ def bad_commands() -> list[tuple[str, str]]:
         ("generate x --prompt-file TEXT --model MODEL", "give one prompt"),
         ("generate --prompt-file NOWHERE --model MODEL", "No such file"),
         ("generate --prompt-file BINARY --model MODEL", "not UTF-8"),
-        ("generate x --model NOWHERE", "neither a folder"),
+        ("generate x --model NOWHERE", "does not exist: pass the path"),
         ("generate x --model MODEL --temperature -1", "temperature"),
         ("generate x --model MODEL --temperature hot", "temperature"),
         ("generate x --model MODEL --top-p 0", "top_p"),
@@ -110,7 +110,7 @@ def bad_commands() -> list[tuple[str, str]]:
         ("eval --model MODEL --text BINARY", "not UTF-8"),
         ("eval --model MODEL --text EMPTY", "no text was found"),
         ("eval --model MODEL --text TEXT --window 8 --stride 9", "stride must be within 1..window"),
-        ("eval --model MODEL --text TEXT --reference NOWHERE", "neither a folder"),
+        ("eval --model MODEL --text TEXT --reference NOWHERE", "does not exist: pass the path"),
         ("train", "--output"),
         ("train --output MODEL", "exists already"),
         (
