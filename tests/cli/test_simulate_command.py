@@ -104,7 +104,7 @@ def test_a_trace_is_a_record_of_every_step(tmp_path):
         ("--slots 99999999999999999999999", "take fewer slots or larger blocks"),
         ("--traffic rag --rate 3", "come together"),
         ("--model llama-70b --device a100", "too little for"),
-        ("--model NOWHERE", "does not exist: pass the path"),
+        ("--model NOWHERE", "neither a folder nor a bundled model"),
         ("--rate 0", "arrivals need a rate"),
         ("--requests 0", "requests"),
         ("--backend torch", "unknown backend"),
