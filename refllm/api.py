@@ -32,14 +32,13 @@ from refllm.checkpoints.chat_template import ChatTemplates, Message
 from refllm.checkpoints.chat_template_tokens import ChatTokenizer
 from refllm.checkpoints.sources import BUNDLED, bundled, locate
 from refllm.checkpoints.tokenizer import Tokenizer
-from refllm.decode.completion import CompletionOutput, OutputReader
+from refllm.decode.completion import CompletionOutput, OutputReader, output_rules
 from refllm.decode.conversation import ANSWER_TOKENS, Conversation
 from refllm.decode.generate import generate_tokens
 from refllm.decode.output_params import (
     GenerateOptions,
     OutputParams,
     check_min_tokens,
-    output_rules,
     split_options,
     truncate_prompt,
 )

@@ -20,11 +20,45 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.decode.detokenizer import StopStrings, Utf8Stream
+from refllm.decode.logits_processors import LogitsProcessors, with_token_ids
 from refllm.decode.logprobs import PromptLogprobs, TokenLogprobs
 from refllm.decode.output_params import OutputParams, StopTokens
+from refllm.decode.sampling_params import SamplingParams
+from refllm.decode.speculative.interface import ModelLike
+from refllm.errors import InputError
+
+
+class OutputRules(NamedTuple):
+    """``OutputParams`` and ``SamplingParams`` for one model."""
+
+    stop_tokens: StopTokens
+    processors: LogitsProcessors
+
+
+def output_rules(params: OutputParams, sampling: SamplingParams, model: ModelLike) -> OutputRules:
+    """What ends an output of ``model``, and what changes its logits.
+
+    ``min_tokens`` masks the end tokens also where ``ignore_eos`` lets them pass later, as vLLM
+    does. ValueError for a token outside the vocabulary, or a bad word without tokens.
+    """
+    assert params.stop_token_ids is not None
+    ends = frozenset(model.config.eos_token_ids)
+    stops = frozenset(params.stop_token_ids)
+    vocabulary = model.config.vocab_size
+    if stops and max(stops) >= vocabulary:
+        raise InputError(
+            f"stop_token_ids: token {max(stops)} is outside the vocabulary of {vocabulary}"
+        )
+    sampling = with_token_ids(sampling, model.tokenizer)
+    processors = LogitsProcessors(sampling, params.min_tokens, ends | stops)
+    processors.check_vocabulary(vocabulary)
+    if params.ignore_eos:
+        ends = frozenset()
+    return OutputRules(StopTokens(ends, stops, params.min_tokens), processors)
 
 
 @dataclass(frozen=True, slots=True)

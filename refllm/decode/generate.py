@@ -18,6 +18,7 @@ Left out: speculation (``decode.speculative.loop``), continuous batching and pag
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -167,7 +168,9 @@ def prefill(
             hidden = forward(weights, config, moved[0], moved[1], view)  # [T, N]
             for b, (prompt, s, n) in enumerate(zip(prompts, starts, counts, strict=True)):
                 first = int(last[b]) + 1 - n
-                recorder.add_prompt(weights, b, hidden[first : first + n], prompt, s)
+                recorder.add_prompt(
+                    partial(logits, weights), b, hidden[first : first + n], prompt, s
+                )
             ends.append(hidden[rows])
         else:
             ends.append(forward(weights, config, moved[0], moved[1], view, rows))

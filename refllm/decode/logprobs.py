@@ -29,13 +29,12 @@ Left out: modes that return logits; the text of each token (``tokenizer.decode([
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from refllm.backend import Array, asarray_like, namespace, to_numpy, top_k
 from refllm.decode.sampling import distribution, log_probabilities
 from refllm.decode.sampling_params import SamplingParams
-from refllm.model.llama import Weights, logits
 
 MODES = ("raw_logprobs", "processed_logprobs")
 
@@ -108,15 +107,15 @@ def processed_log_probabilities(
 
 
 def prompt_logprobs(
-    weights: Weights, hidden: Array, targets: Sequence[int], k: int
+    logits: Callable[[Array], Array], hidden: Array, targets: Sequence[int], k: int
 ) -> list[TokenLogprobs]:
     """hidden[T, N] of consecutive tokens of a prompt, and the token that follows each →
-    the entries of those tokens.
+    the entries of those tokens. ``logits`` computes z[rows, V] of hidden[rows, N].
     """
     found: list[TokenLogprobs] = []
     for start in range(0, len(targets), ROWS_AT_A_TIME):
         stop = min(start + ROWS_AT_A_TIME, len(targets))
-        log_p = log_probabilities(logits(weights, hidden[start:stop]))  # [rows, V]
+        log_p = log_probabilities(logits(hidden[start:stop]))  # [rows, V]
         found += token_logprobs(log_p, range(stop - start), targets[start:stop], k)
     return found
 
@@ -141,7 +140,12 @@ class LogprobsRecorder:
         self.prompts = [[None] for _ in range(self.sequences)]
 
     def add_prompt(
-        self, weights: Weights, b: int, hidden: Array, prompt: Sequence[int], start: int
+        self,
+        logits: Callable[[Array], Array],
+        b: int,
+        hidden: Array,
+        prompt: Sequence[int],
+        start: int,
     ) -> None:
         """Record tokens of prompt ``b`` after position ``start``, from the hidden states
         [T, N] of positions [start, start + T).
@@ -149,7 +153,7 @@ class LogprobsRecorder:
         if self.prompt_logprobs is None:
             return
         targets = prompt[start + 1 : start + 1 + int(hidden.shape[0])]
-        self.prompts[b] += prompt_logprobs(weights, hidden, targets, self.prompt_logprobs)
+        self.prompts[b] += prompt_logprobs(logits, hidden, targets, self.prompt_logprobs)
 
     def add(
         self,

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from collections import abc
 from dataclasses import dataclass
+from functools import partial
 from operator import is_
 from typing import NamedTuple
 
@@ -161,7 +162,8 @@ class ModelRunner:
         assert request.output.prompt_logprobs is not None
         first = rows.start + 1
         targets = request.prompt_ids[first : first + int(rows.hidden.shape[0])]
-        return prompt_logprobs(self._weights, rows.hidden, targets, request.output.prompt_logprobs)
+        project = partial(logits, self._weights)
+        return prompt_logprobs(project, rows.hidden, targets, request.output.prompt_logprobs)
 
 
 def _weight_parts(model: ModelLike) -> list[object]:

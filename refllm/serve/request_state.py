@@ -19,9 +19,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from refllm.decode.completion import CompletionOutput
+from refllm.decode.completion import CompletionOutput, OutputRules, output_rules
 from refllm.decode.logprobs import TokenLogprobs
-from refllm.decode.output_params import OutputRules, StopTokens, output_rules
+from refllm.decode.output_params import StopTokens
 from refllm.decode.speculative.interface import Drafter, ModelLike
 from refllm.errors import InputError
 from refllm.model.config import ModelConfig

@@ -7,11 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refllm.api import Model
-from refllm.decode.completion import OutputReader
+from refllm.decode.completion import OutputReader, output_rules
 from refllm.decode.output_params import (
     OutputParams,
     StopTokens,
-    output_rules,
     split_options,
     truncate_prompt,
 )
