@@ -146,8 +146,6 @@ def _respelled(inner: _Tokenizer, spelling: dict[str, str]) -> _Tokenizer:
     # what is added around a text refers to tokens by their spelling
     data["post_processor"] = None
     copy = _Tokenizer.from_str(json.dumps(data))
-    copy.no_truncation()
-    copy.no_padding()
     for token, new in spelling.items():
         if copy.token_to_id(new) != inner.token_to_id(token):
             raise InputError(f"the tokenizer's control token {token!r} cannot be told from text")

@@ -106,6 +106,8 @@ def test_the_bounds_of_one_rendering_are_not_those_of_another_inside_it():
     with pytest.raises(InputError):
         render("{{ 1 // 0 }}", datetime(1999, 1, 1))
     assert render("{{ strftime_now('%Y') }}") != "1999"
+    assert chat_template_sandbox._clock.get() is None
+    assert chat_template_sandbox._passes.get(None) is None
 
 
 MARKED = [  # source, what is rendered with a user's x = "u", and which characters are literal

@@ -283,3 +283,16 @@ def test_transformers_finds_the_same_control_tokens_where_it_is_asked_to():
         ids = encode(TEMPLATES[name], messages)
         assert control_ids(tokenizer, ids) == control_ids(tokenizer, expected)
         assert tokenizer.decode(ids) == tokenizer.decode(expected)
+
+
+def test_a_text_begins_with_a_control_token_where_the_template_wrote_one():
+    encoder = ChatEncoder(chat_tokenizer(), ["<think>"])
+    begins = encoder.begins_with_control_token
+    assert begins(literal("<|im_end|>x"))
+    assert begins(literal("<think>"))
+    assert not begins(literal("x<|im_end|>"))
+    assert not begins(literal("  x"))  # an added token that is no control token
+    assert not begins(concat(["<|im_end|>", literal("<|im_end|>")]))  # words
+    assert not begins(concat([literal("<|im_"), "end|>"]))
+    assert not begins("<|im_end|>")
+    assert not begins("")
