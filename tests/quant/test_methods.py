@@ -5,6 +5,7 @@ and notes what is unusual; the report adds up what its rows contain.
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,13 @@ from refllm.model.weights import Dense
 from refllm.quant import layer_inputs
 from refllm.quant.awq_model import awq_layer
 from refllm.quant.llm_int8 import Int8Linear
-from refllm.quant.methods import Report, TensorReport, relative_error, tensor_report
+from refllm.quant.methods import (
+    QuantizedProjection,
+    Report,
+    TensorReport,
+    relative_error,
+    tensor_report,
+)
 from refllm.quant.recipe import METHODS, default_scheme, quantize_model
 from refllm.quant.rtn import rtn
 from refllm.quant.smoothquant import smooth_layer
@@ -269,3 +276,24 @@ def test_an_error_relative_to_nothing():
     assert relative_error(zero, zero) == 0.0
     assert relative_error(zero, one) == np.inf
     assert relative_error(one, zero) == 1.0
+
+
+def test_errors_are_taken_against_the_exact_layer_where_one_is_given(xp):
+    """AWQ clips a layer before it rounds it: the error is that of both, not of rounding."""
+    rng = np.random.default_rng(1)
+    exact = rng.standard_normal((6, 16))
+    clipped = np.clip(exact, -1, 1)
+    for layer, given, expected in [
+        (clipped, None, 0.0),
+        (clipped, exact, ((clipped - exact) ** 2).sum() / (exact**2).sum()),
+    ]:
+        found = []
+        METHODS["rtn"]().quantize_projections(
+            SimpleNamespace(index=0),
+            {"v_proj": Dense(xp.asarray(layer))},
+            {"v_proj": None},
+            lambda name, weight: QuantizedProjection(Dense(weight)),
+            found.append,
+            exact=None if given is None else {"v_proj": Dense(xp.asarray(given))},
+        )
+        assert found[0].weight_error == pytest.approx(expected, rel=1e-12)
