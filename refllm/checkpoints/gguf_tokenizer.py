@@ -14,8 +14,10 @@ merged first. Special tokens: ``gguf_special_tokens``. Writing: ``gguf_tokenizer
 
 Source: the GGUF specification's keys; llama.cpp, src/llama-vocab.cpp.
 
-Left out: unigram and word-piece tokenizers; special tokens that overlap in a text (the library
-takes the leftmost first, llama.cpp the longest).
+Left out: unigram and word-piece tokenizers. Differences from llama.cpp: of special tokens that
+overlap in a text the leftmost is found first, there the longest; of overlapping pairs with
+equal scores the one with the smaller id is merged first, there the leftmost; a text that
+spells a control token never becomes it by merges.
 """
 
 from __future__ import annotations
@@ -72,16 +74,16 @@ def _rebuilt(metadata: JsonView, where: str) -> Tokenizer:
     model = metadata.get("tokenizer.ggml.model")
     tokens = token_list(metadata, where)
     vocab = {token: i for i, token in enumerate(tokens)}
+    special = special_tokens(metadata, where)
     if model == "gpt2":
         inner = _byte_level(metadata, vocab, where)
     elif model == "llama":
-        inner = _sentencepiece(metadata, tokens, vocab, where)
+        inner = _sentencepiece(metadata, vocab, special.types, where)
     else:
         raise CheckpointError(
             f"{where}: the tokenizer {model!r:.40} is not supported, only 'gpt2' and 'llama' are: "
             f"{_OTHER_TOKENIZER}"
         )
-    special = special_tokens(metadata, where)
     inner.add_tokens(
         [
             AddedToken(token, special=bool(kind != USER_DEFINED), normalized=False)
@@ -156,16 +158,19 @@ def _merges(metadata: JsonView, vocab: Mapping[str, int], where: str) -> list[tu
 
 
 def _sentencepiece(
-    metadata: JsonView, tokens: Sequence[str], vocab: Mapping[str, int], where: str
+    metadata: JsonView, vocab: Mapping[str, int], types: Sequence[int], where: str
 ) -> _Tokenizer:
     """SentencePiece's BPE: any two tokens whose union is a token can be merged, the highest
-    score first.
+    score first. No merge makes a control token: a user's text never becomes one.
     """
+    tokens = list(vocab)
     scores = metadata.get("tokenizer.ggml.scores")
     if not isinstance(scores, np.ndarray) or scores.shape != (len(tokens),):
         raise CheckpointError(f"{where}: tokenizer.ggml.scores has not one score for each token")
     ranked: list[tuple[float, int, tuple[str, str]]] = []
     for i, token in enumerate(tokens):
+        if types[i] in (CONTROL, UNKNOWN):
+            continue
         for cut in range(1, len(token)):
             if token[:cut] in vocab and token[cut:] in vocab:
                 ranked.append((-float(scores[i]), i, (token[:cut], token[cut:])))

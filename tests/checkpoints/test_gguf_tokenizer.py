@@ -51,7 +51,7 @@ def spelled(tokenizer: Tokenizer, text: str, **how: bool) -> list[str]:
         ({"ab": 0.0, "bc": -1.0}, ["ab", "c"]),
         ({"ab": -1.0, "bc": 0.0}, ["a", "bc"]),
         ({"bc": 0.0, "ab": -1.0}, ["a", "bc"]),  # the order of ids does not matter
-        ({"bc": 0.0, "ab": 0.0}, ["a", "bc"]),  # equal scores: the smaller id
+        ({"bc": 0.0, "ab": 0.0}, ["a", "bc"]),  # equal scores: the smaller id (not llama.cpp's)
         ({"ab": 0.0, "bc": 0.0}, ["ab", "c"]),
         ({"ab": 0.0, "abc": -1.0}, ["abc"]),
         ({"bc": -1.0, "ab": -2.0, "abc": 5.0}, ["abc"]),
@@ -110,6 +110,15 @@ def test_scores_of_another_length_are_rejected(scores):
 
 
 # --- types of tokens ----------------------------------------------------------------------
+
+
+def test_no_merge_makes_a_control_token():
+    """ "<" and "s>" are tokens, but a user's "<s>" does not begin a text."""
+    entries = sentencepiece({"s>": 0.0, "<s": -1.0, "<u>": 0.0, "u>": 0.0})
+    tokenizer = tokenizer_from_metadata(entries, "x")
+    assert spelled(tokenizer, "<s>") == ["<", "s>"]
+    assert spelled(tokenizer, "<u>") == ["<u>"]
+    assert spelled(tokenizer, "<s>", parse_special=True) == ["<s>"]
 
 
 def test_control_and_user_defined_tokens_are_parsed_as_their_types_say():
