@@ -118,6 +118,14 @@ def test_smollm2s_end_tokens_are_three_where_its_key_names_one():
     assert found.ends[0] == 2
 
 
+def test_defaults_of_falcon_are_used_only_where_a_text_needs_them():
+    plain = special_tokens(entries(), "x")
+    assert (plain.bos, plain.eos) == (None, None)
+    added = special_tokens(entries(pre="llama-bpe", add_eos_token=True), "x")
+    assert (added.bos, added.eos) == (FALCON, FALCON)
+    assert FALCON not in added.ends
+
+
 def test_without_a_vocabulary_the_keys_alone_count():
     keys = {
         "tokenizer.ggml.bos_token_id": np.uint32(1),
