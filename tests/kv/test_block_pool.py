@@ -384,3 +384,57 @@ def test_bad_calls_are_rejected():
     for call in calls:
         with pytest.raises(ValueError, match=r"reserve|reserved|keep"):
             call()
+
+
+@pytest.mark.theorem(
+    "A held block keeps its contents until its last hold ends, whatever becomes of its owners",
+    source="kv/block_pool.py",
+)
+@given(
+    holds=st.integers(1, 3),
+    owners=st.integers(1, 3),
+    keyed=st.booleans(),
+    frees_first=st.booleans(),
+)
+def test_conservation_a_held_block_is_given_away_after_its_last_hold(
+    holds, owners, keyed, frees_first
+):
+    vacant: list[int] = []
+    pool = BlockPool(2, 4, on_vacant=vacant.append)
+    block = pool.allocate()
+    if keyed:
+        pool.remember(block, "key")
+    for _ in range(owners - 1):
+        pool.fork(block)
+    for _ in range(holds):
+        pool.hold(block)
+    ends = [pool.free] * owners, [pool.unhold] * holds
+    for end in [*ends[0], *ends[1]] if frees_first else [*ends[1], *ends[0]]:
+        assert pool.num_free == 1
+        assert not vacant
+        end(block)
+        pool.check()
+    assert pool.num_free == 2
+    assert vacant == ([] if keyed else [block])
+
+
+def test_what_is_not_held_is_not_released():
+    pool = BlockPool(2, 4)
+    with pytest.raises(ValueError, match="block 0 is not held"):
+        pool.unhold(0)
+    with pytest.raises(ValueError, match="block 0 is free: there is nothing to hold"):
+        pool.hold(0)
+
+
+def test_after_all_keys_are_dropped_nothing_is_found_and_owners_keep_their_blocks():
+    vacant: list[int] = []
+    pool = BlockPool(3, 4, on_vacant=vacant.append)
+    owned, free = pool.allocate(), pool.allocate()
+    pool.remember(owned, "owned")
+    pool.remember(free, "free")
+    pool.free(free)
+    pool.forget_all()
+    pool.check()
+    assert pool.find("owned") is pool.find("free") is None
+    assert (pool.ref_count(owned), pool.num_free) == (1, 2)
+    assert vacant == [free]  # the owner still reads the other one
