@@ -116,6 +116,17 @@ def test_yarn_of_one_pair_by_hand():
     np.testing.assert_allclose(exact, [math.log10(64 / 10 / math.pi), math.log10(64 / math.pi)])
 
 
+def test_the_ramp_ends_before_the_head_does():
+    """A slow end beyond the last element of the head counts as D − 1, as in transformers and
+    llama.cpp, though the head has D/2 pairs: pair 1 is a third of the way, not a quarter.
+    """
+    scaling = YarnScaling(4.0, 131_072, 1.0, 20_000.0, 0.25)
+    assert yarn_range(4, 500.0, scaling) == (0, 3)
+    plain = rope_frequencies(4, 500.0)
+    found = rope_frequencies(4, 500.0, scaling)
+    np.testing.assert_allclose(found, [plain[0], plain[1] * (1 / 3 / 4 + 2 / 3)], rtol=1e-14)
+
+
 def test_degenerate_ramp_of_no_width_is_a_step():
     """Both ends at pair 0: it keeps its frequency, all others are slowed by the factor."""
     scaling = YarnScaling(4.0, 6, 1.0)  # six positions are less than a turn of pair 0
