@@ -19,6 +19,7 @@ Left out: templates of other names than these, writing templates to directories.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ __all__ = [
     "templates_from_directory",
     "templates_from_metadata",
     "templates_metadata",
+    "tokens_read_otherwise",
 ]
 
 KEY = "chat_template"
@@ -164,3 +166,19 @@ def templates_metadata(templates: ChatTemplates) -> dict[str, Any]:
     if sources:
         entries[f"{GGUF_KEY}s"] = list(sources)
     return entries | {f"{GGUF_KEY}.{name}": source for name, source in sources.items()}
+
+
+def tokens_read_otherwise(templates: ChatTemplates, metadata: Mapping[str, Any]) -> list[str]:
+    """A sentence for each special token that a template writes and that these entries of a
+    GGUF file give another spelling.
+    """
+    read = templates_from_metadata(metadata, "convert").special_tokens
+    sentences = []
+    for name in GGUF_TOKENS.values():
+        own = templates.special_tokens.get(name)
+        used = any(re.search(rf"\b{name}\b", source) for source in templates.sources.values())
+        if used and own != read.get(name):
+            sentences.append(
+                f"the chat template's {name} is {own!r}, and {read.get(name)!r} in the GGUF file"
+            )
+    return sentences

@@ -29,7 +29,7 @@ import os
 import uuid
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -42,6 +42,7 @@ from refllm.checkpoints.chat_template_files import (
     templates_from_directory,
     templates_from_metadata,
     templates_metadata,
+    tokens_read_otherwise,
 )
 from refllm.checkpoints.gguf import GGUFTensors, open_file
 from refllm.checkpoints.gguf_names import (
@@ -157,7 +158,9 @@ def convert(
     type = mix_name(type)
     config, text = open_source(source, tokenizer)
     notes: list[str] = []
-    entries = tokenizer_metadata(text, config, notes.append)
+    templates = _chat_templates(source)
+    entries = tokenizer_metadata(text, _ending_as(config, text, templates), notes.append)
+    notes += tokens_read_otherwise(templates, entries)
     shapes = {gguf_name(name): shape for name, shape in _ordered(config)}
     heads = Heads(
         architecture(config),
@@ -196,7 +199,7 @@ def convert(
     if any(gguf_type(t).quantized for t in types.values()):
         metadata["general.quantization_version"] = np.uint32(2)
     metadata |= entries
-    metadata |= templates_metadata(_chat_templates(source))
+    metadata |= templates_metadata(templates)
     with contextlib.closing(_encoded(slabs, executor, workers)) as encoded:
         write(target, metadata, plan, lambda name: read(name, encoded))
     bits = bits_per_weight(shapes, types)
@@ -243,6 +246,20 @@ def _chat_templates(source: str | Path) -> ChatTemplates:
         return templates_from_directory(Path(os.path.expanduser(source)))
     with open_file(source) as file:
         return templates_from_metadata(file.metadata, str(source))
+
+
+def _ending_as(config: ModelConfig, tokenizer: Tokenizer, templates: ChatTemplates) -> ModelConfig:
+    """The config, whose first end token is the templates' ``eos_token`` if it is one of several:
+    a GGUF file has one key for both.
+    """
+    token = templates.special_tokens.get("eos_token")
+    if token is None or not tokenizer.available:
+        return config
+    ends = config.eos_token_ids
+    first = tokenizer.inner.token_to_id(token)
+    if first not in ends:
+        return config
+    return replace(config, eos_token_ids=(first, *(end for end in ends if end != first)))
 
 
 def _model_name(source: str | Path) -> str:

@@ -4,6 +4,7 @@ that die; bad input.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -16,6 +17,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from chat_models import save_chat_model
+from chat_tokenizer import chat_tokenizer
 from conftest import oracle
 from gguf_data import llama_cpp_logits
 from networks import LLAMA3, NETWORKS, TOKENS, full_logits, random_tensors, tolerance
@@ -511,6 +514,58 @@ def test_llama_cpp_splits_text_the_same(kind, tmp_path):
         assert model.tokenize(text.encode(), add_bos=False, special=False) == expected
         assert rebuilt.encode(text) == expected
     model.close()
+
+
+# --- chat templates -------------------------------------------------------------------------
+
+TURNS = "{{ bos_token }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+
+
+@pytest.fixture
+def chat_source(tmp_path) -> Path:
+    """A chat model that ends with three tokens, and whose template writes the second."""
+    tokenizer = chat_tokenizer()
+    ends = tuple(map(tokenizer.inner.token_to_id, ("<|end|>", "<|im_end|>", "<|eot|>")))
+    path = save_chat_model(tmp_path / "chat", eos_token_ids=ends, hidden_size=32)
+    (path / "chat_template.jinja").write_text(TURNS)
+    return path
+
+
+def special(path: Path, **tokens: str) -> None:
+    (path / "tokenizer_config.json").write_text(json.dumps(tokens))
+
+
+@pytest.mark.theorem(
+    "A chat is the same token ids before and after conversion, where the template's eos_token "
+    "is any of the end tokens",
+    source="gguf_tokenizer_writer",
+)
+@pytest.mark.parametrize("eos", ["<|end|>", "<|im_end|>", "<|eot|>"])
+def test_a_template_writes_the_same_tokens_after_conversion(chat_source, tmp_path, eos):
+    begin = chat_tokenizer().inner.id_to_token(load(chat_source).config.bos_token_id)
+    special(chat_source, bos_token=begin, eos_token=eos)
+    made = convert(chat_source, tmp_path / "x.gguf", "F32", workers=1)
+    assert not any("chat template" in note for note in made.notes)
+    before = load(chat_source)
+    after = load(tmp_path / "x.gguf")
+    chat = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": f"c{eos}"}]
+    assert before.chat_tokenizer.encode(chat) == after.chat_tokenizer.encode(chat)
+    # this vocabulary has more spellings that llama.cpp ends at, which is said
+    assert set(before.config.eos_token_ids) <= set(after.config.eos_token_ids)
+    assert after.config.eos_token_ids[0] == chat_tokenizer().inner.token_to_id(eos)
+
+
+def test_a_token_that_a_template_would_write_otherwise_is_said(chat_source, tmp_path):
+    special(chat_source, eos_token="[INST]")  # no end token, and no bos_token at all
+    made = convert(chat_source, tmp_path / "x.gguf", "F32", workers=1)
+    said = [note for note in made.notes if "chat template" in note]
+    assert said == [
+        "the chat template's bos_token is None, and '<|endoftext|>' in the GGUF file",
+        "the chat template's eos_token is '[INST]', and '<|end|>' in the GGUF file",
+    ]
+    (chat_source / "chat_template.jinja").write_text("{{ messages[0].content }}")  # writes neither
+    made = convert(chat_source, tmp_path / "y.gguf", "F32", workers=1)
+    assert not any("chat template" in note for note in made.notes)
 
 
 # --- bad input ----------------------------------------------------------------------------
