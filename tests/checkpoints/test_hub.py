@@ -65,6 +65,7 @@ MORE = {
     "modeling_tiny.py": b"raise SystemExit",
     "model-Q4_K_M.gguf": b"GGUF",
     "onnx/model.onnx": b"onnx",
+    "consolidated.safetensors": b"a second copy",
     "original/consolidated.00.safetensors": b"a second copy",
 }
 
