@@ -60,9 +60,11 @@ AVX2_KERNELS = ("Haswell", "Zen")
 # multiply-adds of the largest product that OpenBLAS does not pack
 # (sgemm_small_kernel_permit for SkylakeX)
 SMALL_PRODUCT = 10**6  # mutate: equivalent (speed alone)
-NARROW = 1024  # most output columns of a weight in tiles
+# most output columns of a weight in tiles
+NARROW = 1024  # mutate: equivalent (a multiple of 64 decides)
 KERNEL_ROWS = 4  # rows that the AVX2 kernel takes at a time; it halves a rest of 1 to 3
-PADDED_BELOW = 64  # from so many rows on, padding the last few gains nothing measurable
+# from so many rows on, padding the last few gains nothing measurable
+PADDED_BELOW = 64  # mutate: equivalent (speed alone)
 _CACHE_LINE = 64  # bytes, also of a vector: one that straddles two lines is read twice
 
 
