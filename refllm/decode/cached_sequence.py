@@ -83,7 +83,7 @@ class CachedSequence:
         """Room in the cache, at least doubled each time, so that copies cost one copy per
         token in all.
         """
-        if tokens > self.cache.capacity:
+        if tokens > self.cache.capacity:  # mutate: equivalent (the last token is not computed)
             most = self.config.max_position_embeddings
             self.cache.grow(min(most, max(tokens, 2 * self.cache.capacity)))
 

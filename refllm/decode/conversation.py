@@ -145,6 +145,8 @@ class Conversation:
         characters = Utf8Stream(self.model.tokenizer)
         self.finish = "interrupted"
         ends = self.model.config.eos_token_ids
+        if not ids:
+            raise InputError("the chat template makes no text of the messages")
         self.sequence.begin(ids)
         if on_prompt is not None:
             on_prompt()

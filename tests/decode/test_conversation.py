@@ -272,3 +272,64 @@ def test_a_users_control_tokens_stay_words_in_every_turn():
         prompt = conversation._ids[: conversation.reused + conversation.computed]
         assert prompt.count(end) == count
     assert TEMPLATES["chatml"].count(END) == 2
+
+
+def prompt_length(model: Model, *texts: str) -> int:
+    """Tokens of a prompt of these turns, all answered but the last."""
+    conversation = model.conversation()
+    return len(conversation._encoded(turns(*texts))[1])
+
+
+def turns(*texts: str) -> list[dict[str, str]]:
+    messages: list[dict[str, str]] = []
+    for text in texts:
+        messages += [{"role": "user", "content": text}, {"role": "assistant", "content": "a"}]
+    return messages[:-1]
+
+
+def test_a_prompt_leaves_at_least_one_position():
+    model = chat_model(positions=100)
+    fits = 99 - prompt_length(model, "")
+    conversation = model.conversation()
+    answer(conversation, "x" * fits)
+    assert (conversation.context_used, conversation.finish) == (100, "context")
+    with pytest.raises(InputError, match="it has 100 tokens, and the model reads 100"):
+        answer(model.conversation(), "x" * (fits + 1))
+
+
+def test_turns_are_dropped_where_an_eighth_of_the_context_would_not_be_free():
+    model = chat_model(positions=256)
+    base = prompt_length(model, "", "")
+    for size, dropped in ((224, 0), (225, 2)):
+        conversation = model.conversation()
+        conversation.messages = turns("x" * (size - base - 1), "")[:-1]
+        answer(conversation, "y", 1)
+        assert conversation.dropped == dropped
+
+
+def test_an_answer_without_a_token_is_an_answer(monkeypatch):
+    conversation = CHATML.conversation()
+    end = CHATML.config.eos_token_ids[0]
+    monkeypatch.setattr(conversation.sequence, "generate", lambda *arguments: iter([end]))
+    assert answer(conversation, "x") == ""
+    assert conversation.messages[-1] == {"role": "assistant", "content": ""}
+
+
+def test_ids_are_joined_at_a_control_token_only(monkeypatch):
+    """Elsewhere the tokenizer might have merged across the place."""
+    model = Model(
+        CHATML.config,
+        CHATML.weights,
+        CHATML.tokenizer,
+        chat_templates=ChatTemplates(
+            {"default": "{% for m in messages %}{{ m.content }}{% endfor %}"}
+        ),
+    )
+    conversation = model.conversation()
+    letters = [model.tokenizer.encode(letter)[0] for letter in "retu"]
+    monkeypatch.setattr(conversation.sequence, "generate", lambda *arguments: iter(letters))
+    with pytest.raises(InputError, match="the chat template makes no text of the messages"):
+        answer(conversation, "", 4)
+    answer(conversation, "x", 4)
+    chat = [*conversation.messages, {"role": "user", "content": "rn"}]
+    assert conversation._encoded(chat)[1] == model.tokenizer.encode("xreturn")
