@@ -16,6 +16,7 @@ import pytest
 from refllm.api import Model
 from refllm.checkpoints.chat_template import ChatTemplates
 from refllm.decode.logprobs import Logprob
+from refllm.decode.speculative.interface import Proposal
 from refllm.decode.speculative.ngram_drafter import NGramDrafter
 from refllm.serve.engine import Engine
 from refllm.serve.request import Request
@@ -429,3 +430,48 @@ def test_accepted_drafts_are_counted():
     assert result.tokens == [7] * 20
     assert result.drafted_tokens == result.accepted_tokens > 10
     assert result.computed_tokens == engine.computed_tokens == 20
+
+
+def test_rejected_drafts_count_as_computed():
+    class Wrong:
+        gamma = 3
+
+        def propose(self, tokens, count, sampling, rng):
+            return Proposal([0] * count, None)
+
+        def observe(self, best, accepted):
+            pass
+
+    engine = Engine(MODEL, num_blocks=14, block_size=4, drafter=Wrong)
+    engine.submit(Request(PROMPT, 9, ignore_eos=True, request_id="r", bad_words=[(0,)]))
+    result = engine.run()["r"]
+    assert result.accepted_tokens == 0 < result.drafted_tokens
+    assert result.computed_tokens == engine.computed_tokens == 8 + 8 + result.drafted_tokens
+
+
+def test_an_end_token_that_a_processor_forces_counts_from_min_tokens_on():
+    """The mask is gone, and still no output is shorter, as in vLLM."""
+
+    def forces(output, z):
+        z[5] = 1e3
+        return z
+
+    result = served(Request(PROMPT, 9, min_tokens=3, logits_processors=[forces], request_id="r"))
+    assert (result.tokens, result.finish_reason) == ([5, 5], "stop")
+
+
+def test_a_step_that_fails_leaves_no_logprobs_behind():
+    engine = Engine(MODEL, num_blocks=14, block_size=4)
+    engine.submit(Request(PROMPT, 5, ignore_eos=True, request_id="r", logprobs=0))
+    engine.step()
+    update = engine.scheduler.update
+
+    def fails(plan, outcomes):
+        raise RuntimeError("lost")
+
+    engine.scheduler.update = fails
+    with pytest.raises(RuntimeError, match="lost"):
+        engine.step()
+    engine.scheduler.update = update
+    (output,) = engine.run()["r"].outputs
+    assert [next(iter(entry)) for entry in output.logprobs] == output.tokens
