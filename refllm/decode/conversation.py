@@ -31,6 +31,7 @@ from refllm.checkpoints.chat_template_tokens import ChatTokenizer
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.decode.cached_sequence import CachedSequence
 from refllm.decode.detokenizer import Utf8Stream
+from refllm.decode.generate import check_max_tokens
 from refllm.decode.logits_processors import with_token_ids
 from refllm.decode.sampling_params import GREEDY, SamplingParams
 from refllm.errors import InputError
@@ -88,6 +89,7 @@ class Conversation:
         self.sequence = CachedSequence(model.weights, model.config)
         self.dropped = 0
         self.finish = ""
+        self._turn = 0  # counts messages and resets: an answer belongs to one
         # the text that the ids of the sequence stand for, as far as both are known
         self._text = ""
         self._ids: list[int] = []
@@ -117,6 +119,7 @@ class Conversation:
         self.messages = [] if system is None else [{"role": "system", "content": system}]
         self._text = ""
         self._ids = []
+        self._turn += 1
 
     def say(
         self,
@@ -135,10 +138,13 @@ class Conversation:
         and ``dropped`` are known; ``on_token`` with each sampled token.
 
         InputError for a message that does not fit into the context, or that the template
-        rejects.
+        rejects; for an answer that goes on after another message was said, or after a reset.
         """
+        check_max_tokens(max_tokens)
         sampling = with_token_ids(sampling, self.model.tokenizer)
         chat, text, ids = self._prompt([*self.messages, {"role": "user", "content": content}])
+        self._turn += 1
+        turn = self._turn
         room = self.context_size - len(ids)
         limit = min(max_tokens, room)
         answer: list[int] = []
@@ -161,16 +167,24 @@ class Conversation:
                 answer.append(token)
                 if piece := characters.push(token):
                     yield piece
+                    self._check_turn(turn)  # before anything is computed
             else:
                 self.finish = "length" if limit < room else "context"
             if rest := characters.flush():
                 yield rest
         finally:
-            if answer or self.finish != "interrupted":
+            if turn == self._turn and (answer or self.finish != "interrupted"):
                 reply = self.model.tokenizer.decode(answer)
                 self.messages = [*chat, {"role": "assistant", "content": reply}]
                 self._text = text + reply
                 self._ids = ids + answer
+
+    def _check_turn(self, turn: int) -> None:
+        """InputError if another message was said, or all forgotten, since this turn began."""
+        if turn != self._turn:
+            raise InputError(
+                "this answer was abandoned: the conversation went on before it had ended"
+            )
 
     # --- the prompt -------------------------------------------------------------------------
 

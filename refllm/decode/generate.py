@@ -224,12 +224,17 @@ def choose_tokens(z: Array, sampling: SamplingParams, rng: np.random.Generator) 
     return ids
 
 
+def check_max_tokens(max_tokens: int) -> None:
+    """ValueError unless it is an integer, 0 or more."""
+    if not isinstance(max_tokens, (int, np.integer)) or max_tokens < 0:
+        raise InputError(f"max_tokens must be an integer, 0 or more, got {max_tokens!r}")
+
+
 def check_prompts(prompts: Sequence[Sequence[int]], max_tokens: int, config: ModelConfig) -> None:
     """ValueError for prompts that cannot be continued; see ``generate_tokens``."""
     if not prompts:
         raise InputError("no prompt was given")
-    if not isinstance(max_tokens, (int, np.integer)) or max_tokens < 0:
-        raise InputError(f"max_tokens must be an integer, 0 or more, got {max_tokens!r}")
+    check_max_tokens(max_tokens)
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise InputError(f"prompt {i} is empty: a model needs at least one token to continue")

@@ -156,6 +156,41 @@ def test_an_answer_that_never_began_leaves_no_message(monkeypatch):
     assert answer(conversation, "cd") == answer(fresh, "cd")
 
 
+@pytest.mark.theorem(
+    "An answer that is left for another message, or for a reset, changes nothing of what follows",
+    source="conversation: one cache holds one answer at a time",
+)
+@pytest.mark.parametrize("close", [True, False])
+@pytest.mark.parametrize("reset", [True, False])
+def test_an_abandoned_answer_changes_nothing(close, reset):
+    conversation = CHATML.conversation("S")
+    expected = CHATML.conversation("S")
+    first = answer(conversation, "ab"), answer(expected, "ab")
+    assert first[0] == first[1]
+    left = conversation.say("cd", 50)
+    next(left)
+    if reset:
+        conversation.reset("S")
+        expected.reset("S")
+    assert answer(conversation, "ef") == answer(expected, "ef")
+    if close:
+        left.close()
+    else:
+        with pytest.raises(InputError, match="the conversation went on before it had ended"):
+            next(left)
+    assert conversation.messages == expected.messages
+    assert conversation.context_used == expected.context_used
+    assert answer(conversation, "gh") == answer(expected, "gh")
+
+
+@pytest.mark.parametrize("count", [-1, 1.5, "a", None])
+def test_a_count_of_tokens_that_makes_no_sense_is_named(count):
+    conversation = CHATML.conversation()
+    with pytest.raises(InputError, match="max_tokens must be an integer, 0 or more, got"):
+        answer(conversation, "ab", count)
+    assert conversation.messages == []
+
+
 # --- the context is full ----------------------------------------------------------------------
 
 
