@@ -138,7 +138,7 @@ class Conversation:
         and ``dropped`` are known; ``on_token`` with each sampled token.
 
         InputError for a message that does not fit into the context, or that the template
-        rejects; for an answer that goes on after another message was said, or after a reset.
+        rejects; for an answer that goes on after another message was sent, or after a reset.
         """
         check_max_tokens(max_tokens)
         sampling = with_token_ids(sampling, self.model.tokenizer)
@@ -180,7 +180,7 @@ class Conversation:
                 self._ids = ids + answer
 
     def _check_turn(self, turn: int) -> None:
-        """InputError if another message was said, or all forgotten, since this turn began."""
+        """InputError if another message was sent, or all forgotten, since this turn began."""
         if turn != self._turn:
             raise InputError(
                 "this answer was abandoned: the conversation went on before it had ended"
