@@ -218,11 +218,10 @@ class _View:
             for i in busy
             if not (all_batched or counts[i] == 1)
         ]
-        self.rows: slice | Array | None = None  # of the batch
+        self.all_batched = all_batched
+        self.rows: Array | None = None  # of the batch, beside sequences that are not in it
         if batch:
-            if all_batched:
-                self.rows = slice(0, starts[-1])
-            else:
+            if not all_batched:
                 self.rows = asarray_like([starts[i] for i in batch], like, "int64")
             self.slots, self.bias = self._gather(
                 [tables[i] for i in batch], [firsts[i] for i in batch], counts[batch[0]]
@@ -277,7 +276,7 @@ class _View:
         values = cache.values[layer]
         keys[self.write] = k
         values[self.write] = v
-        if self.rows is not None and not self.one_by_one:
+        if self.all_batched:
             return self._attend_batch(q, keys, values)
         out = xp.empty_like(q)
         if self.rows is not None:
