@@ -1,15 +1,16 @@
 """refllm: the deployment stack of a language model in readable NumPy, on a GPU through CuPy.
 
 ``refllm.load("stdlib")`` loads a bundled model, ``refllm.load(path)`` a Hugging Face
-directory or a GGUF file; both return a ``refllm.Model`` with ``logits``, ``generate`` and
-``stream``. Everything else is imported from its package, for example
-``from refllm.quant import gptq``. ``ARCHITECTURE.md`` is the map.
+directory or a GGUF file, ``refllm.load("org/name")`` one of the Hugging Face Hub; all return a
+``refllm.Model`` with ``logits``, ``generate``, ``stream`` and ``chat``. Everything else is
+imported from its package, for example ``from refllm.quant import gptq``. ``ARCHITECTURE.md`` is
+the map.
 
 The packages in reading order; ``help(refllm.model)`` names the file to read first:
 
 - ``backend``      which array library owns an array: NumPy or CuPy
 - ``model``        the network: configuration, layers, attention, weights
-- ``decode``       which token comes next: sampling, and speculative decoding
+- ``decode``       which token comes next: sampling, speculative decoding, conversations
 - ``api``          ``load`` and ``Model``
 - ``formats``      how a value becomes bits: integers, small floats, GGUF blocks
 - ``quant``        which code each weight gets: RTN, GPTQ, AWQ, SmoothQuant, LLM.int8(), FP8
@@ -17,7 +18,8 @@ The packages in reading order; ``help(refllm.model)`` names the file to read fir
 - ``serve``        which request runs when: the engine and its scheduler
 - ``simulate``     the same scheduler with a clock instead of a model
 - ``measure``      perplexity, KL divergence, bootstrap intervals, the roofline
-- ``checkpoints``  files in and out: safetensors, Hugging Face directories, GGUF, tokenizers
+- ``checkpoints``  files in and out: safetensors, Hugging Face directories, GGUF, tokenizers,
+                   chat templates
 - ``corpus``       the text that every Python installation carries
 - ``train``        backward pass, optimizers, distillation
 - ``experiments``  one file per experiment; ``figures`` draws the results

@@ -86,7 +86,6 @@ def load(
     tokenizer
         A folder whose ``tokenizer.json`` is read in place of the checkpoint's own. Without
         either, the model takes and gives token ids alone.
-
     revision
         A branch, a tag or a commit of a checkpoint of the Hub; None is "main".
 
@@ -205,7 +204,7 @@ class Model:
         ``CompletionOutput`` of tokens, text, finish reason and log-probabilities.
 
         The end token is not part of the result. Text is encoded as the tokenizer's file
-        specifies (with its beginning token, if it has one). Of a longer prompt only the last
+        specifies (with the BOS token, if it adds one). Of a longer prompt only the last
         ``truncate_prompt_tokens`` tokens are kept.
 
         ``sampling`` says how tokens are chosen, ``output`` where the output ends and which

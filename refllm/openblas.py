@@ -1,4 +1,4 @@
-"""Which kernels OpenBLAS takes, where NumPy's own choice is not the fastest: set before NumPy is
+"""Which kernels OpenBLAS uses, where NumPy's own choice is not the fastest: set before NumPy is
 imported.
 
 OpenBLAS has kernels for many processors and chooses by the processor's model. On AMD processors

@@ -203,7 +203,8 @@ def _check_content(message: dict[str, Any], where: str) -> None:
 
 
 def plain_value(value: Any, where: str) -> Any:
-    """A copy in the types of JSON, whose texts no literal wrote; InputError for any other type.
+    """A copy in the types of JSON, none of whose text counts as the template's; InputError for
+    any other type.
 
     Objects would bring methods into the template that the sandbox does not know.
     """

@@ -1,6 +1,6 @@
 """Jinja as chat templates use it: in jinja2's sandbox, with their names, within bounds.
 
-Templates come with a checkpoint from somewhere, so they run in jinja2's
+A template is a program of unknown origin that comes with a checkpoint, so it runs in jinja2's
 ``ImmutableSandboxedEnvironment``, which gives no access to Python. The names and settings are
 those of ``transformers.utils.chat_template_utils``:
 

@@ -139,8 +139,8 @@ class GGUFTensors(Mapping[str, Any]):
         self.config = config_from_metadata(file.metadata, shapes, str(file.path))
 
     @property
-    def told(self) -> bool:
-        """Whether the config says what ``rope_freqs`` mean."""
+    def states_scaling(self) -> bool:
+        """Whether a key of refllm's own says which scaling ``rope_freqs`` were computed from."""
         return OWN_KEY in self.file.metadata
 
     @property
@@ -149,7 +149,7 @@ class GGUFTensors(Mapping[str, Any]):
         keys of the metadata, unless the factors are the config's scaling themselves.
         """
         config = self.config
-        scaling = None if self.told else config.rope_scaling
+        scaling = None if self.states_scaling else config.rope_scaling
         return rope_frequencies(config.head_dim, config.rope_theta, scaling)
 
     @property

@@ -111,8 +111,8 @@ _EXPRESSIONS: dict[str, tuple[str, ...]] = {
     "minicpm5": (r"\p{N}{1,3}", _LLAMA3.replace("{1,3}", "+")),
 }
 
-# Characters of Unicode 16, which the library knows and llama.cpp's tables do not
-_LATER = """
+# Characters of Unicode 16, which ``tokenizers`` knows and llama.cpp's tables do not
+_UNICODE_16 = """
     897 1B4E-1B4F 1B7F 1C89-1C8A 2427-2429 31E4-31E5 A7CB-A7CD A7DA-A7DC 105C0-105FF 10D40-10D8F
     10EC2-10EC4 10EFC 11380-113FF 116D0-116FF 11BC0-11BFF 11F5A 13460-143FF 16100-1613F
     16D40-16D7F 18CFF 1CC00-1CEBF 1E5D0-1E5FF 1F8B2-1F8BB 1F8C0-1F8C1 1FA89 1FA8F 1FABE 1FAC6
@@ -120,14 +120,14 @@ _LATER = """
 """
 
 
-def _dated(pattern: str) -> str:
-    """An expression whose categories, such as ``L``, hold no character of ``_LATER``."""
-    later = _character_class(_LATER).replace("[", "[^", 1)
+def _without_unicode_16(pattern: str) -> str:
+    """An expression whose categories, such as ``L``, hold no character of ``_UNICODE_16``."""
+    later = _character_class(_UNICODE_16).replace("[", "[^", 1)
     # a function, for the class holds backslashes
     return re.sub(r"\\p\{[LNPMS]\}", lambda found: f"[{found[0]}&&{later}]", pattern)
 
 
-RULES = {name: tuple(map(_dated, patterns)) for name, patterns in _EXPRESSIONS.items()}
+RULES = {name: tuple(map(_without_unicode_16, patterns)) for name, patterns in _EXPRESSIONS.items()}
 
 # Rules of published tokenizers that llama.cpp's converter gives these names, and that differ
 # from its rules: in "ſ" after an apostrophe alone, or (tekken, gpt-4o, deepseek) in more

@@ -51,8 +51,8 @@ _END_SPELLINGS = frozenset({
     "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>",
     "<｜end▁of▁sentence｜>", "[e~[",
 })  # fmt: skip
-# Tokens for filling in the middle of code, by key; of several spellings one is taken
-_FILL_SPELLINGS = {
+# Fill-in-the-middle (FIM) tokens, by key; of several spellings that occur the lowest id is taken
+_FIM_SPELLINGS = {
     "fim_pre": ("<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>",
                 "▁<PRE>", "<|code_prefix|>", "<|prefix|>"),
     "fim_suf": ("<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<｜fim▁hole｜>", "<SUF>",
@@ -63,13 +63,13 @@ _FILL_SPELLINGS = {
     "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
     "fim_sep": ("<|file_sep|>",),
 }  # fmt: skip
-_ENDING_FILLS = ("fim_pad", "fim_rep", "fim_sep")
+_ENDING_FIM = ("fim_pad", "fim_rep", "fim_sep")
 # gpt-oss: words of its message format, which a text may contain
 _ALWAYS_PARSED = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
-# "<|end|>" ends no generation beside one of these pairs, nor "</s>" beside _NORMAL_S
+# "<|end|>" ends no generation beside one of these pairs, nor "</s>" beside _MAKES_S_NORMAL
 _FINER_ENDS = [{first, second} for first in ("<|return|>", "<|flush|>")
                for second in ("<|call|>", "<|calls|>")]  # fmt: skip
-_NORMAL_S = "<|tool_response>"
+_MAKES_S_NORMAL = "<|tool_response>"
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,10 @@ def special_tokens(metadata: JsonView, where: str) -> SpecialTokens:
     types = _types(metadata, len(tokens), where)
     model = metadata.get("tokenizer.ggml.model")
     named = _named_ids(metadata, len(tokens), where)
-    words = NAMES.get(str(metadata.get("tokenizer.ggml.pre") or "default"))
-    begins = model == "llama" or (model == "gpt2" and words is not None and words.add_bos)
+    pre_tokenizer = NAMES.get(str(metadata.get("tokenizer.ggml.pre") or "default"))
+    begins = model == "llama" or (
+        model == "gpt2" and pre_tokenizer is not None and pre_tokenizer.add_bos
+    )
     add_bos = _flag(metadata, "add_bos_token", begins, where)
     add_eos = _flag(metadata, "add_eos_token", False, where)
 
@@ -138,14 +140,14 @@ def _ends(ids: Mapping[str, int], named: Mapping[str, int], types: list[int]) ->
     """
     keyed = [named[key] for key in _END_KEYS if key in named]
     ends = set(keyed)
-    for key, spellings in _FILL_SPELLINGS.items():
-        filler = named.get(key)
-        if filler is None:
-            filler = min((ids[token] for token in spellings if token in ids), default=None)
-            if filler is not None:
-                types[filler] = CONTROL
-        if filler is not None and key in _ENDING_FILLS:
-            ends.add(filler)
+    for key, spellings in _FIM_SPELLINGS.items():
+        fim = named.get(key)
+        if fim is None:
+            fim = min((ids[token] for token in spellings if token in ids), default=None)
+            if fim is not None:
+                types[fim] = CONTROL
+        if fim is not None and key in _ENDING_FIM:
+            ends.add(fim)
     for token in _END_SPELLINGS & ids.keys():
         types[ids[token]] = CONTROL
         ends.add(ids[token])
@@ -158,7 +160,7 @@ def _ends(ids: Mapping[str, int], named: Mapping[str, int], types: list[int]) ->
     if "<|end|>" in spelled and any(pair <= spelled for pair in _FINER_ENDS):
         dropped.add(ids["<|end|>"])
         types[ids["<|end|>"]] = USER_DEFINED
-    if "</s>" in spelled and _NORMAL_S in spelled:
+    if "</s>" in spelled and _MAKES_S_NORMAL in spelled:
         dropped.add(ids["</s>"])
         types[ids["</s>"]] = NORMAL
     ends -= dropped
@@ -204,7 +206,7 @@ def _types(metadata: JsonView, size: int, where: str) -> list[int]:
 def _named_ids(metadata: JsonView, size: int | None, where: str) -> dict[str, int]:
     """The ids that keys name, each checked; ``size`` None where there is no vocabulary."""
     named = {}
-    for key in ("bos", *_END_KEYS, "unknown", *_FILL_SPELLINGS):
+    for key in ("bos", *_END_KEYS, "unknown", *_FIM_SPELLINGS):
         entry = f"tokenizer.ggml.{key}_token_id"
         if entry not in metadata:
             continue

@@ -1,5 +1,5 @@
-"""Which of llama.cpp's names gives the words of a byte-level tokenizer, judged by what it does
-to texts.
+"""Which of llama.cpp's pre-tokenizers splits text into words as a byte-level tokenizer does, found
+by splitting sample texts with each.
 
 A tokenizer.json describes a way of splitting, and equal ways have many descriptions: ``Digits``
 before ``ByteLevel``, one ``Split``, several. A part that looks like a known rule says little,

@@ -142,7 +142,7 @@ def _choose(files: list[str], repo: str, file: str | None) -> list[str]:
         )
     raise CheckpointError(
         f"{repo} has neither config.json with safetensors nor a GGUF file: refllm reads nothing "
-        f"else (it holds {_some(files)})"
+        f"else (it holds {_first_few(files)})"
     )
 
 
@@ -188,10 +188,10 @@ def _require_inside(name: str, repo: str) -> None:
         )
 
 
-def _some(files: Iterable[str], most: int = 5) -> str:
+def _first_few(files: Iterable[str], most: int = 5) -> str:
     """A few names, and how many more there are.
 
-    >>> _some(["a", "b", "c"], 2)
+    >>> _first_few(["a", "b", "c"], 2)
     'a, b and 1 more'
     """
     listed = sorted(files)

@@ -69,7 +69,7 @@ _ITEMSIZE = {FLOAT: 4, FLOAT8: 1, "int8": 1, "int32": 4, "int64": 8}
 @dataclass(frozen=True)
 class Checkpoint:
     """A loaded checkpoint: the network's shape, its weight tree, its tokenizer, its path, how
-    the weights are held, in words, and its chat templates, which there may be none of.
+    the weights are held, in words, and its chat templates, if it has any.
     """
 
     config: ModelConfig

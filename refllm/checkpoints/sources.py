@@ -100,7 +100,7 @@ def _locate_named(name: str, path: Path, revision: str | None) -> Path | None:
 
 
 def _unknown(name: str, known: list[str]) -> str:
-    """The sentence for a name that is nothing, with the nearest that is something."""
+    """The sentence for an unknown name, with the nearest known one."""
     if "://" in name or name.startswith(("hf.co/", "huggingface.co/")):
         return f"{name!r} is an address: a model of the Hugging Face Hub is named org/name"
     if name.startswith((".", "~", os.sep)) or name.endswith((".gguf", ".safetensors")):

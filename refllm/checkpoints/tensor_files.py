@@ -4,9 +4,8 @@ and what a network requires of them.
 Format: eight bytes of header length (little-endian), a JSON header
 ``{name: {dtype, shape, data_offsets}}`` padded with spaces to a multiple of eight, then the
 tensors' bytes without gaps. Nothing in it can run code; files that hold pickles are never
-opened. A sharded
-checkpoint adds ``model.safetensors.index.json``, whose ``weight_map`` names the shard of
-each tensor.
+opened. A sharded checkpoint adds ``model.safetensors.index.json``, whose ``weight_map`` names the
+shard of each tensor.
 
 | name          | meaning                                                              |
 |---------------|----------------------------------------------------------------------|

@@ -3,7 +3,7 @@
 | ``weights`` | quantised weights                                                          |
 |-------------|----------------------------------------------------------------------------|
 | "stored"    | stay as they lie in the file; each product dequantises them a tile at a    |
-|             | time: least memory, and what a GPU wants                                   |
+|             | time: least memory; the choice on a GPU                                    |
 | "float"     | are dequantised once: fastest on a CPU. Formats that also quantise         |
 |             | activations then compute with activations in floating point                |
 | "auto"      | on NumPy "float" for the formats that quantise weights alone, if all       |

@@ -23,7 +23,7 @@ from refllm.terminal import note
 ANSWER_TOKENS = 1024
 
 SystemOption = Annotated[
-    str | None, opt("What the assistant is told before the conversation.", metavar="TEXT")
+    str | None, opt("The system message: instructions to the assistant.", metavar="TEXT")
 ]
 AnswerTokensOption = Annotated[
     int, opt("Tokens of an answer at most.", "--max-tokens", "-n", min=1)

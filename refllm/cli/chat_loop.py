@@ -1,8 +1,8 @@
-"""The loop of ``refllm chat``: read a line, obey it or answer it, say what that took.
+"""The loop of ``refllm chat``: read a line, answer it or run its command, print what that took.
 
 | from          | answers   | prompts, counts | bad input                        |
 |---------------|-----------|-----------------|----------------------------------|
-| a terminal    | on stdout | on stderr       | is told, and the chat goes on    |
+| a terminal    | on stdout | on stderr       | is reported; the chat continues  |
 | a pipe        | on stdout | counts only     | ends the chat with exit code 2   |
 
 Ctrl-C during an answer ends the answer alone, and its part joins the conversation; where a
@@ -63,7 +63,7 @@ class ChatLoop:
         for line in self._lines():
             try:
                 if line.startswith("/") and not line.startswith("//"):
-                    if self._obey(line):
+                    if self._run_command(line):
                         return
                 elif line.strip():
                     self._answer(line.removeprefix("/") if line.startswith("//") else line)
@@ -129,8 +129,8 @@ class ChatLoop:
 
     # --- commands ---------------------------------------------------------------------------
 
-    def _obey(self, line: str) -> bool:
-        """Carry a command out; return whether it ends the chat."""
+    def _run_command(self, line: str) -> bool:
+        """Run a command; return whether it ends the chat."""
         command, _, rest = line.partition(" ")
         rest = rest.strip()
         if command in ("/quit", "/exit"):

@@ -71,9 +71,7 @@ def _directory_facts(directory: Path, xp: Namespace, weights: str, verify: bool)
     return _facts(
         directory.resolve().name,
         config,
-        weights=_weight_facts(
-            types.values(), nbytes, config, stored, None if quantization is None else quantization
-        ),
+        weights=_weight_facts(types.values(), nbytes, config, stored, quantization),
         loaded=_loaded_as(weights, stored, xp, directory),
         tokenizer=_tokenizer_facts(tokenizer, config, None),
         templates=templates_from_directory(directory),

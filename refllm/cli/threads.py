@@ -8,7 +8,7 @@ process keeps from its core. A command takes the cores that are free when it sta
     minus the processes that run or wait to run, by the load average or at this moment
 
 and at least one. One thread too few costs a decode step little, since it waits for memory
-rather than for the processor; one too many can cost all of it.
+rather than for the processor; one too many can make it several times slower.
 
 ``--threads`` overrides that, and so does a variable such as ``OPENBLAS_NUM_THREADS``.
 

@@ -80,8 +80,8 @@ class CachedSequence:
         self.computed = len(prompt) - kept
 
     def _reserve(self, tokens: int) -> None:
-        """Room in the cache, at least doubled each time, so that copies cost one copy per
-        token in all.
+        """Grow the cache to hold so many tokens. Its capacity at least doubles each time, so that
+        growing copies each token about once on average.
         """
         if tokens > self.cache.capacity:  # mutate: equivalent (the last token is not computed)
             most = self.config.max_position_embeddings

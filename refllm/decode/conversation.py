@@ -8,12 +8,12 @@
 4. ``CachedSequence`` keeps the longest common prefix of the ids and computes the rest.
 5. The answer is streamed, and joins the history.
 
-Without step 2 an answer would be encoded again, and a text that the model wrote in other
-tokens than the tokenizer would choose had to be computed again from there.
+Without step 2 an answer would be encoded again. Where the tokenizer chooses other tokens than
+the model did, everything from there on would have to be computed again.
 
-What is dropped is computed no more, but all that follows it has to be: it stands at other
-positions then. So turns are dropped until half of the context is free, which happens once in
-many turns, not in each. The system message stays.
+Dropping a turn changes the positions of all that follows it, which must be computed again. So
+turns are dropped until half of the context is free, which happens once in many turns, not in
+each. The system message stays.
 
 Left out: several answers to one message, editing the history, tools that are called (a
 caller can append their results to ``messages``).
@@ -41,7 +41,8 @@ from refllm.model.llama import Weights
 __all__ = ["ANSWER_TOKENS", "Conversation"]
 
 ANSWER_TOKENS = 1024  # tokens of an answer, at most
-ROOM = 8  # turns are dropped unless this part of the context, or a whole answer, is free
+# Turns are dropped unless 1/8 of the context is free, or room for a whole answer if that is less
+FREE_PART = 8
 
 
 class ChatModel(Protocol):
@@ -193,7 +194,7 @@ class Conversation:
         text, ids = self._encoded(chat)
         size = self.context_size
         self.dropped = 0
-        if len(ids) + min(ANSWER_TOKENS, size // ROOM) > size:
+        if len(ids) + min(ANSWER_TOKENS, size // FREE_PART) > size:
             while len(ids) > size // 2 and (shorter := without_oldest_turn(chat)):
                 self.dropped += len(chat) - len(shorter)
                 chat = shorter

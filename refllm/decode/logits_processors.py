@@ -83,7 +83,7 @@ class LogitsProcessors:
         )
 
     def check_vocabulary(self, vocabulary: int) -> None:
-        """ValueError for a token outside the vocabulary, which no row of logits has."""
+        """InputError for a token outside the vocabulary, which no row of logits has."""
         words = [word for word in self.sampling.bad_words if not isinstance(word, str)]
         named = {
             "logit_bias": list(self.sampling.logit_bias or ()),
@@ -110,7 +110,7 @@ def with_token_ids(sampling: SamplingParams, tokenizer: Tokenizer) -> SamplingPa
     """The same settings with ``bad_words`` as token ids.
 
     A word is banned as it is spelled at the beginning of a text and, where that is another
-    token, with a space before it; leading spaces of the word do not count. ValueError for a
+    token, with a space before it; leading spaces of the word do not count. InputError for a
     word without tokens.
     """
     if all(not isinstance(word, str) for word in sampling.bad_words):
@@ -137,8 +137,8 @@ def process_rows(
 ) -> Array:
     """z[R, V] after the processors of each row, in a new array; None leaves a row alone.
 
-    An exception in a user's own processor is passed to ``on_error(row, error)``, and the row
-    goes on without it; without ``on_error`` it is raised.
+    An exception in a user's own processor is passed to ``on_error(row, error)``, and the row's
+    remaining processors of the user are skipped; without ``on_error`` it is raised.
 
     >>> import numpy as np
     >>> banned = LogitsProcessors(SamplingParams(bad_words=[(7, 2)], logit_bias={0: 1.5}))
@@ -172,7 +172,7 @@ def call_processor(
     """z[V] after a user's own processor: ``f(output, z)`` or ``f(prompt, output, z)``, with
     lists of token ids.
 
-    It may change z in place, and returns the logits. ValueError for another shape.
+    It may change z in place, and returns the logits. InputError for another shape.
     """
     if takes_prompt(function):
         new = function(list(prompt), list(output), z)
@@ -187,7 +187,7 @@ def call_processor(
 
 
 def takes_prompt(function: Callable[..., Array]) -> bool:
-    """Whether a processor takes three arguments, the first of them the prompt; ValueError for
+    """Whether a processor takes three arguments, the first of them the prompt; InputError for
     other numbers of arguments than two and three.
     """
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

@@ -18,8 +18,7 @@ contents are evicted least recently used first. A block that a copy has still to
 Everything here is Python integers: it can be tested, traced and drawn without a model.
 ``kv.paged`` holds the arrays.
 
-Left out: swapping (``serve`` moves whole
-sequences), more than one pool.
+Left out: swapping (``serve`` moves whole sequences), more than one pool.
 """
 
 from __future__ import annotations
@@ -141,8 +140,8 @@ class BlockPool:
             self._make_free(block)
 
     def _make_free(self, block: int) -> None:
-        """Put a block that has lost its last owner into the line."""
-        self._free[block] = None  # last in line
+        """Put a block that has lost its last owner into the queue of free blocks."""
+        self._free[block] = None  # last in the queue
         if block not in self._key_of:
             self._free.move_to_end(block, last=False)
             self._vacant(block)

@@ -19,7 +19,8 @@ Reading gathers, and so copies, keys and values, which a dedicated kernel does n
 a paged step is therefore somewhat slower than a contiguous one of the same batch. Paging
 saves memory, and so allows larger batches.
 
-Left out: freeing blocks that a sliding window has passed; quantised blocks (``kv.kivi``).
+Left out: when blocks behind a sliding window are freed (``serve.kv_manager``); quantised blocks
+(``kv.kivi``).
 """
 
 from __future__ import annotations

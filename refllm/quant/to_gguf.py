@@ -222,7 +222,7 @@ def open_source(
                     f"{path}: {coded[0]} is quantised already: start from a file of F32, F16 or "
                     "BF16"
                 )
-            if tensors.rope_factors is not None and not tensors.told:
+            if tensors.rope_factors is not None and not tensors.states_scaling:
                 raise CheckpointError(
                     f"{path}: its {ROPE_FACTORS} cannot be told from its metadata: start from the "
                     "Hugging Face checkpoint"

@@ -13,17 +13,18 @@ a request in the full engine:
    prefix is cached already.
 5. ``model_runner.py``: the ``Plan`` (``plan.py``) is executed, one ragged batch through the
    network over ``kv.paged``.
-6. ``model_runner.py``: sampling, verification of drafts and ``beam_search.py`` turn logits
-   into the next tokens; ``request_state.py`` says which of them end a sequence.
+6. ``model_runner.py``: logits processors (``decode``), sampling, verification of drafts and
+   ``beam_search.py`` turn logits into the next tokens; ``request_state.py`` says which of them
+   end a sequence.
 7. ``base_scheduler.py``: ``update`` appends the tokens, forks and finishes sequences, and
    frees their blocks.
 8. ``engine.py``: callbacks receive each ``SequenceUpdate``, with text from
    ``detokenizer.py``; ``run`` returns a ``RequestOutput`` (``outputs.py``).
 
 Beside this path: ``async_engine`` (a thread that steps the engine, for any number of threads
-and tasks), ``isolation`` (an error of one request ends that request alone), ``factory``
-(schedulers by name), ``swapping`` (preemption to host memory), ``draft_costs`` (how many drafts
-pay), ``baselines`` (serving before paged attention).
+and tasks), ``isolation`` (an error of one request ends that request alone), ``deadlines``
+(when requests time out), ``factory`` (schedulers by name), ``swapping`` (preemption to host
+memory), ``draft_costs`` (how many drafts pay), ``baselines`` (serving before paged attention).
 """
 
 from refllm.decode.completion import CompletionOutput

@@ -25,7 +25,7 @@ request that merges what a slow consumer has not read.
 Only the thread steps the engine. Submitting and aborting hold the engine's lock, which is free
 while the network computes.
 
-Left out: several engines behind one face, draining on ``close`` (read all streams first).
+Left out: several engines behind one interface, draining on ``close`` (read all streams first).
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ for when to stop.
 |        | by log(−s) − length_penalty · log(length), which cannot      |           |
 |        | overflow: the smaller, the better                            |           |
 
-A candidate that ends (by an end token, a stop token, or a text that reaches a stop string) is a
-hypothesis if it is among the n best; the n best that do not end
-are the beams of the next step. The search is over when n hypotheses are better than the best
+A candidate that ends (by an end token, a stop token, or a text that reaches a stop string) is
+a hypothesis if it is among the n best; the n best that do not end are the beams of the next
+step. The search is over when n hypotheses are better than the best
 that a beam can still become: log p ≤ 0, so s only falls. Ties go to the lower beam, then to
 the lower token.
 

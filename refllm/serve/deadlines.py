@@ -1,6 +1,6 @@
 """When requests time out: a heap of deadlines.
 
-A request that finishes leaves its deadline behind; the engine skips it when it comes.
+A request that finishes leaves its deadline in the heap; the engine ignores it when it passes.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ How a failure is kept apart:
 
 ``submit`` is no such point: it raises to its caller, and the engine is unchanged.
 
-Left out: a request that takes for ever, or all memory: only a limit on time or another
-process could keep that apart. An id whose ``__hash__`` or ``__eq__`` fails later on.
+Left out: a function of a request that never returns, or takes all memory (only a limit on
+time or another process could stop it); an id whose ``__hash__`` or ``__eq__`` begins to fail.
 """
 
 from __future__ import annotations

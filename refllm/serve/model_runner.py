@@ -21,8 +21,8 @@ same* tokens as decoding without drafts. Drafts that come with the q they were s
 are verified by ``decode.speculative.verification.verify`` with the sequence's own generator:
 the same distribution, other tokens.
 
-Left out: overlapping a step with the planning of the next one, CUDA graphs, grammars (a mask
-on z).
+Left out: overlapping a step with the planning of the next one, CUDA graphs, structured output
+(a mask on z).
 """
 
 from __future__ import annotations

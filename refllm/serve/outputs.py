@@ -9,7 +9,8 @@
 | ``length``    | None            | it has ``max_tokens``                                         |
 | ``abort``     | None            | ``Engine.abort`` was called                                   |
 | ``timeout``   | None            | its ``timeout`` has passed since ``submit``                   |
-| ``error``     | None            | its logits were not finite, or its callback raised: ``error`` |
+| ``error``     | None            | something of its own raised (``serve.isolation``): ``error``  |
+|               |                 | says what, such as logits that are not finite                 |
 
 The words are vLLM's. (It leaves the end token in ``tokens``.)
 """

@@ -3,7 +3,7 @@
 | prompt   | its tokens                                                                    |
 |----------|-------------------------------------------------------------------------------|
 | ids      | as given                                                                      |
-| text     | as the tokenizer's file specifies, with its beginning token if it has one     |
+| text     | as the tokenizer's file specifies, with the BOS token if it adds one          |
 | messages | by the checkpoint's chat template, up to where the assistant's answer begins  |
 
 ``truncate_prompt_tokens`` keeps the last tokens, as in vLLM.
@@ -20,8 +20,8 @@ from refllm.serve.request import Request
 
 
 def encode_prompt(request: Request, model: ModelLike) -> Request:
-    """The request with token ids as its prompt. ValueError for text that has none, and for
-    messages where the model has no chat template.
+    """The request with token ids as its prompt. InputError for a text without tokens,
+    and for messages where the model has no chat template.
     """
     prompt = request.prompt
     if request.is_encoded:

@@ -44,18 +44,21 @@ Prompt = abc.Sequence[int] | str | abc.Sequence[abc.Mapping[str, Any]]
 class Request:
     """A prompt and how to continue it. ValueError names the field that makes no sense.
 
-    ``prompt`` may be a ``range`` where only lengths matter. ``max_tokens`` 0 is allowed: the
-    request finishes at once, without output. ``sampling`` (default: greedy) says how tokens
-    are chosen, ``output`` where the output ends and which log-probabilities come with it; the
-    fields of both, such as ``temperature`` and ``stop``, are a shorthand as keywords. The
     ``prompt`` is token ids, text, or the messages of a chat; text and messages are encoded by
-    the engine, which keeps the last ``truncate_prompt_tokens`` tokens (-1: as many as the
-    model has positions). The ``n`` continuations of a prompt share its cache blocks; with
+    the engine, which keeps the last ``truncate_prompt_tokens`` tokens (-1: as many as leave
+    room for ``max_tokens``). A ``range`` of ids serves where only the length matters.
+    ``max_tokens`` may be 0: the request then finishes at once, without output.
+
+    ``sampling`` (default: greedy) says how tokens are chosen, ``output`` where the output ends
+    and which log-probabilities come with it; the fields of both, such as ``temperature`` and
+    ``stop``, are a shorthand as keywords. The ``n`` continuations of a prompt share its cache
+    blocks; of ``best_of`` continuations the ``n`` of the highest Σ log p are returned. With
     ``beam`` they are the beams of one search, ranked by the sum of their log-probabilities
-    divided by length ** ``length_penalty``. A lower ``priority`` is served first. ``arrival``
-    is in seconds. ``best_of`` continuations are generated, and the ``n`` of the highest Σ log p
-    returned. After ``timeout`` seconds the request ends with what it has. Requests with
-    different ``salt`` never share cached prefixes.
+    divided by length ** ``length_penalty``.
+
+    A lower ``priority`` is served first; ``arrival``, in seconds, breaks ties. After
+    ``timeout`` seconds the request ends with what it has. Requests with different ``salt``
+    never share cached prefixes. ``docs/requests.md`` has every field with its test.
 
     >>> request = Request([5, 9, 2], max_tokens=8)
     >>> request.max_cached_tokens  # the last token of the output is never computed

@@ -2,10 +2,9 @@
 
 Rows are dequantised one tile at a time, multiplied and discarded, so that memory holds the
 file's bytes and one tile. This is the definition, and what a GPU computes; on the host
-``interleaved`` holds the same bytes in an order that NumPy unpacks five times faster.
-llama.cpp also quantises the *activations* to 8 bits and sums
-integers, so its logits of the same file differ by the error of that rounding; the weights
-are the same to the bit.
+``interleaved`` holds the same bytes in an order that NumPy unpacks five times faster. llama.cpp
+also quantises the *activations* to 8 bits and sums integers, so its logits of the same file
+differ by the error of that rounding; the weights are the same to the bit.
 
 Left out: integer products with 8-bit activations.
 """
