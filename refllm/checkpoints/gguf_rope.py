@@ -119,7 +119,7 @@ def scaling_from_metadata(
     """
     _check_keys(entries)
     if OWN_KEY in entries.metadata and ROPE_FACTORS in shapes:
-        return _own(entries)
+        return _from_own_key(entries)
     kind = entries.text("rope.scaling.type", "linear")
     if kind not in ("none", "linear", "yarn"):
         raise CheckpointError(
@@ -162,7 +162,7 @@ def _yarn(entries: Entries, factor: float, attention: float) -> YarnScaling:
     )
 
 
-def _own(entries: Entries) -> RopeScaling | None:
+def _from_own_key(entries: Entries) -> RopeScaling | None:
     """The scaling in our own key, which the file's ``rope_freqs`` were computed from."""
     text = entries.metadata[OWN_KEY]
     try:

@@ -105,21 +105,21 @@ def _rebuilt(metadata: JsonView, where: str) -> Tokenizer:
 
 
 def _byte_level(metadata: JsonView, vocab: dict[str, int], where: str) -> _Tokenizer:
-    """Byte-level BPE, with the words that the file names."""
-    words = _words(metadata, where)
+    """Byte-level BPE, with the pre-tokenizer that the file names."""
+    named = _named_pre_tokenizer(metadata, where)
     inner = _Tokenizer(
         models.BPE(
             vocab=vocab,
             merges=_merges(metadata, vocab, where),
-            ignore_merges=words.ignore_merges,
+            ignore_merges=named.ignore_merges,
         )
     )
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    steps = [*split(RULES[words.rule]), level]
+    steps = [*split(RULES[named.rule]), level]
     missing = "".join(sorted(set(pre_tokenizers.ByteLevel.alphabet()) - vocab.keys()))
     if missing:
-        # Bytes without a token are lost. Alone in their pieces they still part their
-        # neighbours, which the library would merge over the gap.
+        # Bytes without a token are lost. Alone in their pieces they still separate their
+        # neighbours, which the library would otherwise merge across the gap.
         gaps = _Regex("[" + "".join(f"\\x{{{ord(byte):04X}}}" for byte in missing) + "]")
         steps.append(pre_tokenizers.Split(gaps, "isolated"))
     inner.pre_tokenizer = pre_tokenizers.Sequence(steps)
@@ -127,7 +127,7 @@ def _byte_level(metadata: JsonView, vocab: dict[str, int], where: str) -> _Token
     return inner
 
 
-def _words(metadata: JsonView, where: str) -> PreTokenizer:
+def _named_pre_tokenizer(metadata: JsonView, where: str) -> PreTokenizer:
     """What the file's name of a pre-tokenizer means."""
     name = metadata.get("tokenizer.ggml.pre") or "default"  # as llama.cpp reads no name
     if not isinstance(name, str) or name not in NAMES:

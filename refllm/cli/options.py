@@ -61,7 +61,7 @@ ModelOption = Annotated[
 AnyModelOption = Annotated[
     str,
     opt(
-        "A bundled model, smollm2, a Hugging Face directory or a GGUF file.",
+        "A bundled model, smollm2, a Hugging Face directory, a GGUF file or org/name on the Hub.",
         "--model",
         "-m",
         metavar="NAME|DIR|FILE",

@@ -1,6 +1,6 @@
 """A network's shape as a plain record, read from a Hugging Face ``config.json``.
 
-One dataclass covers the four supported families, which differ in five switches only:
+One dataclass covers the four supported families, which differ in a few switches:
 
 | family  | attention_bias | qk_norm | sliding_window | head_dim            |
 |---------|----------------|---------|----------------|---------------------|

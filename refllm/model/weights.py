@@ -10,7 +10,7 @@ stored.
 | ΣM     | outputs of weights that multiply the same x   |            |
 
 How a ``Dense`` weight lies in memory, so that OpenBLAS multiplies a few rows by it fast, is
-the business of ``weight_layout``.
+decided in ``weight_layout``.
 
 Left out: biases (the network adds them), sharding.
 """

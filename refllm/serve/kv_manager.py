@@ -214,12 +214,12 @@ class PagedKVManager:
         return tuple(self._tables[sequence].blocks)
 
     def hold(self, copies: Copies) -> None:
-        """Keep the sources of copies from being given away before they are read."""
+        """Keep the sources of copies from being reallocated before they are read."""
         for source, _ in copies:
             self.pool.hold(source)
 
     def unhold(self, copies: Copies) -> None:
-        """The sources of these copies may be given away."""
+        """The sources of these copies may be reallocated."""
         for source, _ in copies:
             self.pool.unhold(source)
 
