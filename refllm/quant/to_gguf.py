@@ -209,8 +209,8 @@ def convert(
 def open_source(
     path: str | Path, tokenizer: str | os.PathLike[str] | None = None
 ) -> tuple[ModelConfig, Tokenizer]:
-    """Config and tokenizer of a checkpoint, or the named tokenizer, after checking everything
-    that the headers of its files tell.
+    """Config and tokenizer of a checkpoint, or the named tokenizer, after everything has been
+    checked that the headers of its files state.
     """
     if is_gguf(path):
         with open_file(path) as file:

@@ -144,8 +144,8 @@ class BaseScheduler(ABC):
         return sequences
 
     def fail(self, request_id: abc.Hashable, error: str) -> list[Sequence]:
-        """End a request whose own things have failed, as ``abort`` does; the sentence
-        ``error`` is part of the next update. Returns the sequences that this ended.
+        """End a request after an error of its own, as ``abort`` does; the sentence ``error``
+        is part of the next update. Returns the sequences that this ended.
         """
         ended = self.abort(request_id, "error")
         self._finished += [SequenceUpdate(one, [], "error", error=error) for one in ended]
