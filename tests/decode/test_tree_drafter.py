@@ -155,7 +155,7 @@ def test_a_cascade_takes_the_first_proposal_and_informs_its_drafter():
     assert cascade.gamma == 9
     for text, count, made, by in (
         ([0, 1, 2, 0, 1], 5, [2, 0], 2),
-        ([0, 1, 2, 2], 5, [2], 9),
+        ([0, 1, 2, 2], 5, [2] * 5, 9),
         ([1, 2, 0], 2, None, None),
     ):
         proposal = cascade.propose(text, count, GREEDY, draw(0))
@@ -178,18 +178,15 @@ def test_a_model_within_a_cascade_must_share_the_vocabulary():
         check_drafter(target, "ngram")
 
 
-def test_the_engine_rejects_trees_and_continues_without_them():
+def test_a_request_whose_drafter_grows_trees_ends_with_the_sentence_that_says_so():
     model = load("stdlib")
     draft = load("stdlib-draft")
     engine = Engine(model, num_blocks=16, drafter=lambda: TreeDrafter(draft))
     engine.submit(Request(model.tokenizer.encode("import os"), 6, request_id="a"))
-    engine.step()
-    with pytest.raises(ValueError, match="the engine verifies chains"):
-        engine.step()
-    engine.abort("a")
-    engine.drafter = None
+    output = engine.run()["a"]
+    assert output.outputs[0].finish_reason == "error"
+    assert "the engine verifies chains" in output.error
     engine.check()
-    assert engine.run()["a"].outputs[0].finish_reason == "abort"
 
 
 def test_of_a_tree_the_verified_levels_are_counted():
