@@ -205,7 +205,8 @@ class Model:
 
         The end token is not part of the result. Text is encoded as the tokenizer's file
         specifies (with the BOS token, if it adds one). Of a longer prompt only the last
-        ``truncate_prompt_tokens`` tokens are kept.
+        ``truncate_prompt_tokens`` tokens are kept; -1 keeps as many as leave room for
+        ``max_tokens``.
 
         ``sampling`` says how tokens are chosen, ``output`` where the output ends and which
         log-probabilities come with it; the fields of ``SamplingParams`` and ``OutputParams``
@@ -226,7 +227,7 @@ class Model:
         run = _Run(self, "generate", max_tokens, sampling, output, shorthand)
         if run.params.asks_for_logprobs and not details:
             raise InputError("log-probabilities are part of the details: pass details=True")
-        ids = self._prompt_ids(prompt, truncate_prompt_tokens)
+        ids = self._prompt_ids(prompt, max_tokens, truncate_prompt_tokens)
         # Only stop strings need the text while it grows.
         reader = run.reader(self.tokenizer if run.params.stop else None)
         generator = as_generator(rng)
@@ -312,7 +313,7 @@ class Model:
         drafted tokens, and how many were accepted.
         """
         run = _Run(self, "stream", max_tokens, sampling, output, shorthand)
-        ids = self._prompt_ids(prompt, truncate_prompt_tokens)
+        ids = self._prompt_ids(prompt, max_tokens, truncate_prompt_tokens)
         reader = run.reader(self.tokenizer)
         tokens = self._tokens(ids, max_tokens, run, as_generator(rng), drafter, on_step, cache)
         return _read(tokens, reader, details, on_token)
@@ -393,13 +394,16 @@ class Model:
 
     # --- tokens -----------------------------------------------------------------------------
 
-    def _prompt_ids(self, prompt: str | Sequence[int], keep: int | None) -> list[int]:
+    def _prompt_ids(
+        self, prompt: str | Sequence[int], max_tokens: int, keep: int | None
+    ) -> list[int]:
         """The prompt's token ids, the last ``keep`` of them."""
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt, special=True)
         else:
             ids = _token_lists([prompt])[0]
-        return truncate_prompt(ids, keep, self.config.max_position_embeddings)
+        context = max(1, self.config.max_position_embeddings - max_tokens)
+        return truncate_prompt(ids, keep, context)
 
     def _tokens(
         self,

@@ -29,7 +29,13 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
-from refllm.checkpoints.tensor_files import INDEX, SINGLE, CheckpointError, read_json
+from refllm.checkpoints.tensor_files import (
+    INDEX,
+    QUANTIZATION_FILES,
+    SINGLE,
+    CheckpointError,
+    read_json,
+)
 
 __all__ = ["fetch", "split_name"]
 
@@ -37,7 +43,7 @@ __all__ = ["fetch", "split_name"]
 SMALL_FILES = (
     "config.json",
     "generation_config.json",
-    "quantize_config.json",
+    *QUANTIZATION_FILES,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",

@@ -186,8 +186,8 @@ def check_min_tokens(params: OutputParams, max_tokens: int) -> None:
 
 
 def truncate_prompt(ids: list[int], keep: int | None, context: int) -> list[int]:
-    """The last ``keep`` tokens of a prompt; None keeps all, -1 as many as the model has
-    positions, ``context``.
+    """The last ``keep`` tokens of a prompt; None keeps all, -1 as many as leave
+    room for the output, ``context``.
 
     >>> truncate_prompt([1, 2, 3], 2, context=9), truncate_prompt([1, 2, 3], -1, context=1)
     ([2, 3], [3])
@@ -196,7 +196,7 @@ def truncate_prompt(ids: list[int], keep: int | None, context: int) -> list[int]
         return ids
     if not (is_token(keep) and keep > 0) and keep != -1:
         raise InputError(
-            f"truncate_prompt_tokens must be None, 1 or more, or -1 for the model's positions, "
+            f"truncate_prompt_tokens must be None, 1 or more, or -1 to leave room for the output, "
             f"got {keep!r}"
         )
     return ids[-(context if keep == -1 else index(keep)) :]

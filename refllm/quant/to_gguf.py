@@ -39,6 +39,7 @@ from refllm.backend import to_numpy
 from refllm.checkpoints import gguf
 from refllm.checkpoints.chat_template import ChatTemplates
 from refllm.checkpoints.chat_template_files import (
+    templates_beside,
     templates_from_directory,
     templates_from_metadata,
     templates_metadata,
@@ -144,7 +145,8 @@ def convert(
         an ``Executor``, or a function that creates one. None is ``workers`` processes (as
         many as there are cores if None), or this process alone if that is 1.
     tokenizer
-        A folder whose tokenizer.json is written in place of the source's own.
+        A folder whose tokenizer.json, and whose chat templates if it has any, are written in
+        place of the source's own.
     progress
         is called with (bytes written, all bytes).
 
@@ -158,7 +160,7 @@ def convert(
     type = mix_name(type)
     config, text = open_source(source, tokenizer)
     notes: list[str] = []
-    templates = _chat_templates(source)
+    templates = templates_beside(tokenizer, _chat_templates(source))
     entries = tokenizer_metadata(text, _ending_as(config, text, templates), notes.append)
     notes += tokens_read_otherwise(templates, entries)
     shapes = {gguf_name(name): shape for name, shape in _ordered(config)}

@@ -161,8 +161,9 @@ def test_sharded_safetensors(hub, checkpoint, tmp_path):
         fetch(NAME, "broken")
 
 
-def test_old_gptq_files_are_downloaded_too(hub):
-    files = {"config.json": b"{}", "quantize_config.json": b"{}", "gptq-4bit.safetensors": b"x"}
+@pytest.mark.parametrize("quantization", ["quantize_config.json", "quant_config.json"])
+def test_old_gptq_and_awq_files_are_downloaded_too(hub, quantization):
+    files = {"config.json": b"{}", quantization: b"{}", "gptq-4bit.safetensors": b"x"}
     hub.add(NAME, files | {"gptq.bin": b"pickled"})
     folder = fetch(NAME)
     assert {path.name for path in folder.iterdir()} == files.keys()

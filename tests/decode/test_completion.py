@@ -219,6 +219,10 @@ def test_a_custom_processor_may_force_the_output():
 
 def test_truncation_keeps_the_end_of_the_prompt():
     assert FREE.generate([9, 9, *PROMPT], 8, truncate_prompt_tokens=2) == PLAIN
+    positions = FREE.config.max_position_embeddings
+    long = [3, 1, 4, 1, 5] * positions
+    expected = FREE.generate(long[-(positions - 8) :], 8)  # room for the output is left
+    assert FREE.generate(long, 8, truncate_prompt_tokens=-1) == expected
 
 
 def test_rules_name_a_token_outside_the_vocabulary():

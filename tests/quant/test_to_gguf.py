@@ -568,6 +568,21 @@ def test_a_token_that_a_template_would_write_otherwise_is_said(chat_source, tmp_
     assert not any("chat template" in note for note in made.notes)
 
 
+def test_the_templates_of_the_tokenizer_folder_are_written(chat_source, tmp_path):
+    """As ``load(tokenizer=…)`` reads them; a folder without any leaves the source's own."""
+    special(chat_source, eos_token="<|end|>")
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_bytes((chat_source / "tokenizer.json").read_bytes())
+    for name, template in (("own", TURNS), ("other", "{{ messages[0].content }}!")):
+        if name == "other":
+            (folder / "chat_template.jinja").write_text(template)
+        made = tmp_path / f"{name}.gguf"
+        convert(chat_source, made, "F32", workers=1, tokenizer=folder)
+        assert load(made).chat_templates.sources == {"default": template}
+        assert load(chat_source, tokenizer=folder).chat_templates.sources == {"default": template}
+
+
 # --- bad input ----------------------------------------------------------------------------
 
 
