@@ -85,7 +85,7 @@ def propose_drafts(
             failures.add(sequence.request.request_id, "draft", error)
             continue
         sampling = sequence.request.sampling
-        request = DraftRequest(sequence.tokens, count, sampling, state.rng, 0)
+        request = DraftRequest(sequence.tokens.copy(), count, sampling, state.rng, 0)
         ready.append((sequence, state.drafter, request))
     errors: dict[int, Exception] = {}  # place in ``ready`` → what its drafter raised
     if isinstance(drafter, AdaptiveDrafting):

@@ -33,6 +33,7 @@ from __future__ import annotations
 import asyncio
 from collections import abc, deque
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from threading import Condition, Thread
 from types import TracebackType
@@ -41,6 +42,7 @@ from typing import Any
 from refllm.decode.completion import StreamChunk
 from refllm.errors import InputError
 from refllm.serve.engine import Engine
+from refllm.serve.isolation import message
 from refllm.serve.outputs import RequestOutput
 from refllm.serve.plan import SequenceUpdate
 from refllm.serve.request import Prompt, Request
@@ -130,7 +132,7 @@ class RequestStream:
         self._ready.notify_all()
         if self._waiter is not None:
             loop, event = self._waiter
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(event.set)
 
     # --- the consumer's side --------------------------------------------------------------
@@ -375,11 +377,12 @@ class AsyncEngine:
                     break
             try:
                 updates = self.engine.step()
+                self._deliver({u.request_id for u in updates if u.finish_reason is not None})
             except BaseException as error:
-                self._closed = EngineClosed(f"the engine has failed: {error!r}")
+                words = f"{type(error).__name__}: {message(error)}"
+                self._closed = EngineClosed(f"the engine has failed: {words}")
                 self._closed.__cause__ = error
                 break
-            self._deliver({u.request_id for u in updates if u.finish_reason is not None})
         self._end_all()
 
     def _end_all(self) -> None:

@@ -162,6 +162,10 @@ class Engine(EngineStats):
             if request.request_id is None:
                 free = (i for i in self._ids if i not in self._requests and i not in self.results)
                 request = replace(request, request_id=next(free))
+            if request.request_id in self._requests:  # also one that ends within this step
+                raise InputError(
+                    f"request {request.request_id!r} is being served: another one needs another id"
+                )
             if request.request_id in self.results:
                 raise InputError(
                     f"request {request.request_id!r} has ended and its result was not taken: "
@@ -361,6 +365,7 @@ class Engine(EngineStats):
     def _publish(self, updates: list[SequenceUpdate]) -> list[SequenceUpdate]:
         """Fill in text, call back, and finish requests; returns what users may see."""
         published: list[SequenceUpdate] = []
+        over: dict[abc.Hashable, RequestState] = {}  # a callback may change its update
         searches: dict[abc.Hashable, list[SequenceUpdate]] = {}
         pending = deque(updates)  # a failure adds the ends of the other sequences
         while pending:
@@ -376,6 +381,8 @@ class Engine(EngineStats):
                     searches.pop(update.request_id, None)  # of a search that has failed
                 if ended := self._record(state, update):
                     pending += ended
+                if update.finish_reason is not None:
+                    over[update.request_id] = state
             published.append(update)
             if state.callback is not None:
                 pending += self._call_back(state, [update])
@@ -385,14 +392,14 @@ class Engine(EngineStats):
                 if state is None or state.search is None:
                     continue
                 hypotheses = self._advance_search(state, group)
+                if hypotheses:
+                    over[request_id] = state
             published += hypotheses
             self._call_back(state, hypotheses)
         with self._lock:
-            for update in published:
-                if update.finish_reason is None:
-                    continue
-                request_id = update.request_id
-                if request_id in self._requests and not self.scheduler.has_request(request_id):
+            for request_id, state in over.items():
+                mine = self._requests.get(request_id) is state  # not aborted meanwhile
+                if mine and not self.scheduler.has_request(request_id):
                     self._finish(request_id, [])
         return published
 

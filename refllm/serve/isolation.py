@@ -64,11 +64,15 @@ def sentence(point: str, error: Exception) -> str:
     """
     if isinstance(error, MemoryError) and point not in OWN_MEMORY:
         raise error
+    return f"{POINTS[point]} raised {type(error).__name__}: {message(error)}"
+
+
+def message(error: BaseException) -> str:
+    """The message of an exception, whose class may be the caller's own."""
     try:
-        words = str(error)
-    except Exception:  # an exception of the caller's own class, again
-        words = "(its message could not be read)"
-    return f"{POINTS[point]} raised {type(error).__name__}: {words}"
+        return str(error)
+    except Exception:
+        return "(its message could not be read)"
 
 
 class Failures(dict[abc.Hashable, str]):

@@ -132,7 +132,7 @@ class Request:
                 vars(self).update(sampling=sampling, output=output)
             self._check()
         except InputError as error:
-            raise InputError(f"request {self.request_id!r}: {error}") from None
+            raise InputError(f"request {_id_in_words(request_id)}: {error}") from None
 
     @property
     def stop(self) -> tuple[str, ...]:
@@ -183,11 +183,26 @@ class Request:
             hash(self.request_id)
         except Exception as error:
             raise InputError(f"its id must be hashable, got {type(self.request_id)}") from error
+        try:
+            repr(self.request_id)
+        except Exception as error:
+            kind = type(self.request_id).__name__
+            raise InputError(
+                f"its id must have a repr, for messages: that of {kind} raises"
+            ) from error
 
     @property
     def max_cached_tokens(self) -> int:
         """The most tokens of one sequence whose keys and values are ever cached."""
         return len(self.prompt_ids) + max(0, self.max_tokens - 1)
+
+
+def _id_in_words(request_id: object) -> str:
+    """How messages name a request, whatever its id is."""
+    try:
+        return repr(request_id)
+    except Exception:
+        return f"(an id of class {type(request_id).__name__})"
 
 
 def _is_integer(x: object) -> TypeGuard[int]:

@@ -183,6 +183,42 @@ def test_an_error_of_the_engine_reaches_everyone():
     asyncio.run(asyncio.wait_for(run(), PATIENCE))
 
 
+class SilentError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no message")
+
+    __repr__ = __str__
+
+
+def test_an_error_of_the_engine_without_a_message_reaches_everyone():
+    def breaks(plan: Any) -> None:
+        raise SilentError
+
+    with serving(on_plan=breaks) as server:
+        stream = server.submit(Request(PROMPT, 9))
+        server._thread.join(PATIENCE)
+        assert not server._thread.is_alive()
+        assert stream._over
+        with pytest.raises(EngineClosed, match="SilentError: .its message could not be read"):
+            list(stream)
+
+
+def test_a_consumer_whose_event_loop_is_gone_hurts_no_other():
+    """Its loop is closed at the moment when the engine's thread has something for it."""
+    loop = asyncio.new_event_loop()
+    loop.is_closed = lambda: False  # as it was when the thread asked
+    with serving() as server:
+        gone = server.submit(Request(PROMPT, 40, ignore_eos=True))
+        with gone._ready:
+            gone._waiter = loop, asyncio.Event()
+            loop.close()
+        other = server.submit(Request(PROMPT, 50, ignore_eos=True)).wait()
+        assert other.tokens == served_model().generate(PROMPT, 50, ignore_eos=True)
+        assert gone.result is not None
+        assert gone.result.finish_reason == "length"
+    del loop.is_closed
+
+
 def test_at_most_max_requests_are_open_and_the_others_wait():
     with serving(max_requests=1) as server:
         first = server.submit(Request(PROMPT, 60, ignore_eos=True))

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import settings
 
 from refllm.api import Model
+from refllm.decode.speculative.interface import Proposal
 from refllm.decode.speculative.model_drafter import ModelDrafter
 from refllm.decode.speculative.ngram_drafter import NGramDrafter
 from refllm.serve import factory, model_runner
@@ -582,6 +583,71 @@ def test_a_callback_that_raises_ends_its_own_request(busy):
     assert result.error == "the callback raised KeyError: 'lost'"
     assert {output.finish_reason for output in result.outputs} == {"error"}
     assert_serves_on(busy)
+
+
+@pytest.mark.parametrize("beam", [False, True])
+@pytest.mark.parametrize("max_tokens", [0, 1, 4])
+def test_an_id_is_in_use_until_the_step_that_ends_its_request_is_over(max_tokens, beam):
+    """In its last callback, and where a request without output waits for its step."""
+    engine = Engine(served_model(), num_blocks=40)
+    refused = []
+
+    def submits_again(update: SequenceUpdate) -> None:
+        with pytest.raises(ValueError, match="request 'r' is being served"):
+            engine.submit(Request([9], 2, "r"))
+        refused.append(update.finish_reason)
+
+    request = Request([1, 2], max_tokens, "r", n=2, beam=beam, ignore_eos=True)
+    engine.submit(request, submits_again)
+    with pytest.raises(ValueError, match="request 'r' is being served"):
+        engine.submit(Request([9], 0, "r"))
+    result = engine.run()["r"]
+    assert [len(output.tokens) for output in result.outputs] == [max_tokens] * 2
+    assert "length" in refused
+    assert engine.submit(Request([9], 2, "r")) == "r"
+
+
+@pytest.mark.parametrize("beam", [False, True])
+def test_a_callback_that_changes_its_update_does_not_keep_its_request_from_ending(beam):
+    def changes(update: SequenceUpdate) -> None:
+        update.finish_reason = None
+        update.tokens.clear()
+
+    engine = Engine(served_model(), num_blocks=40)
+    request = Request([1, 2], 3, "r", n=2, beam=beam, ignore_eos=True)
+    engine.submit(request, changes)
+    for _ in range(3):
+        engine.step()
+    assert not engine.unfinished
+    result = engine.run()["r"]
+    engine.submit(request)
+    assert result.outputs == engine.run()["r"].outputs
+
+
+class MeddlingDrafter:
+    """Changes the tokens that it was given, which are its own."""
+
+    gamma = 2
+
+    def propose(self, tokens: list[int], count: int, sampling: Any, rng: Any) -> Proposal:
+        drafts = [tokens[-1]] * min(count, 2)
+        tokens[0] = 77
+        tokens.append(78)
+        return Proposal(drafts, None)
+
+    def observe(self, best: Any, accepted: int) -> None:
+        pass
+
+
+def test_a_drafter_that_changes_the_tokens_changes_no_output():
+    request = Request([1, 2, 3], 6, "r", ignore_eos=True)
+    engine = Engine(served_model(), num_blocks=40, drafter=MeddlingDrafter)
+    engine.submit(request)
+    assert engine.run()["r"].tokens == alone(request)[0]
+    settings: dict[str, Any] = {"ignore_eos": True, "drafter": MeddlingDrafter()}
+    assert served_model().generate([1, 2, 3], 6, **settings) == served_model().generate(
+        [1, 2, 3], 6, ignore_eos=True
+    )
 
 
 def test_ctrl_c_in_a_callback_is_raised_and_the_next_run_continues():

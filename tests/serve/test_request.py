@@ -152,6 +152,17 @@ def test_no_stop_string_is_none_or_empty():
     assert Request([1], stop=None).stop == Request([1]).stop == ()
 
 
+class UnnamedId:
+    def __repr__(self) -> str:
+        raise RuntimeError("no repr")
+
+
+def test_an_id_must_have_a_repr_for_messages():
+    for fields in ({}, {"n": 0}):
+        with pytest.raises(ValueError, match=r"request \(an id of class UnnamedId\): "):
+            Request([1], 2, UnnamedId(), **fields)
+
+
 def test_an_id_must_be_hashable():
     with pytest.raises(ValueError, match="hashable"):
         Request([1], request_id=[])

@@ -143,7 +143,7 @@ def _speculate(
         count = min(drafter.gamma, end - len(tokens) - 1)
         proposal: Proposal | TreeProposal = NO_DRAFTS
         if count > 0:
-            proposal = drafter.propose(tokens, count, sampling, rng)
+            proposal = drafter.propose(tokens.copy(), count, sampling, rng)
         new = [tokens[-1], *proposal.tokens]  # the last token is not cached yet
         if isinstance(proposal, TreeProposal):
             tree = proposal.tree
