@@ -132,7 +132,7 @@ class RequestStream:
         self._ready.notify_all()
         if self._waiter is not None:
             loop, event = self._waiter
-            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            with suppress(RuntimeError):  # the loop is closed: its consumer is gone
                 loop.call_soon_threadsafe(event.set)
 
     # --- the consumer's side --------------------------------------------------------------
