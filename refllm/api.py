@@ -34,7 +34,7 @@ from refllm.checkpoints.sources import BUNDLED, bundled, locate
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.decode.completion import CompletionOutput, OutputReader, output_rules
 from refllm.decode.conversation import ANSWER_TOKENS, Conversation
-from refllm.decode.generate import generate_tokens
+from refllm.decode.generate import check_max_tokens, generate_tokens
 from refllm.decode.output_params import (
     GenerateOptions,
     OutputParams,
@@ -398,6 +398,7 @@ class Model:
         self, prompt: str | Sequence[int], max_tokens: int, keep: int | None
     ) -> list[int]:
         """The prompt's token ids, the last ``keep`` of them."""
+        check_max_tokens(max_tokens)
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt, special=True)
         else:

@@ -17,6 +17,8 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import cache
 
+from refllm.errors import InputError
+
 Call = Callable[[], object]
 
 PATIENCE = 1.0  # seconds to wait for a helper whose product was interrupted
@@ -78,7 +80,7 @@ class HelperThreads:
         nothing says that the old ones have ended their calls.
         """
         if len(calls) > self.count + 1:
-            raise ValueError(f"{len(calls)} calls for {self.count} helpers")
+            raise InputError(f"{len(calls)} calls for {self.count} helpers")
         if not self._free.acquire(blocking=False):
             for call in calls:
                 call()

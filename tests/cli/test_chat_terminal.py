@@ -28,8 +28,9 @@ CTRL_C = "\x03"
 CTRL_D = "\x04"
 # The child makes the pseudo-terminal its controlling one, so that Ctrl-C is a signal.
 CHILD = """
-import fcntl, sys, termios
+import fcntl, signal, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
 from refllm.cli import app
 app()
 """
