@@ -62,6 +62,8 @@ def output_distribution(
             z = next_logits(target, prefix)
             z = processed(z, sampling, PROMPT, list(s[:i]), min_tokens, end_tokens)[None]
             chance *= process_logits(z, sampling.temperature, sampling.top_k)[0, token]
+            if not chance:
+                break  # a processor need not know what follows
         found[s] = chance
     return found
 

@@ -196,11 +196,22 @@ class SamplingInput:
     num_logprobs: int | None = None  # None: none are wanted
     best: abc.Sequence[int] = ()  # argmax of each row, once sampled
     error: str | None = None  # why its request has failed
+    usable: int | None = None  # rows before the first that failed; None: all
 
     def fail(self, point: str, error: Exception) -> None:
         """Something of its request has raised ``error``."""
         if self.error is None:
             self.error = sentence(point, error)
+
+    def fail_row(self, row: int, words: str) -> None:
+        """Row ``row`` of its rows gives no token. Row 0 fails the request. A later one follows
+        drafts that may never be accepted: the tokens that are accepted before it stand, and
+        the next step, where it is row 0, decides.
+        """
+        if row:
+            self.usable = row if self.usable is None else min(row, self.usable)
+        elif self.error is None:
+            self.error = words
 
     @property
     def request(self) -> Request:
@@ -286,7 +297,8 @@ def _consume(one: SamplingInput, continuations: list[list[int]] | None) -> Outco
     if one.error is not None or continuations is None:
         return FAILED
     try:
-        pairs = zip(one.states, continuations, strict=True)
+        used = [tokens[: one.usable] for tokens in continuations]
+        pairs = zip(one.states, used, strict=True)
         outcome = [state.consume(tokens, one.sequence) for state, tokens in pairs]
     except Exception as error:
         one.fail("text", error)
@@ -294,7 +306,7 @@ def _consume(one: SamplingInput, continuations: list[list[int]] | None) -> Outco
     drafter = one.states[0].drafter
     if one.sequence.drafts and drafter is not None:
         try:
-            drafter.observe(one.best, len(continuations[0]) - 1)
+            drafter.observe(one.best[: one.usable], len(used[0]) - 1)
         except Exception as error:
             one.fail("observe", error)
             return FAILED
@@ -340,7 +352,12 @@ def process_inputs(z: Array, inputs: abc.Sequence[SamplingInput]) -> Array:
             owners[row] = one
             follows = [*output, *one.sequence.drafts[:i]]
             rows[row] = Row(one.processors, one.request.prompt_ids, follows)
-    return process_rows(z, rows, lambda row, error: owners[row].fail("processor", error))
+
+    def fail(row: int, error: Exception) -> None:
+        one = owners[row]
+        one.fail_row(row - one.rows.start, sentence("processor", error))
+
+    return process_rows(z, rows, fail)
 
 
 def sample_tokens(z: Array, inputs: abc.Sequence[SamplingInput]) -> list[list[list[int]] | None]:
@@ -352,11 +369,12 @@ def sample_tokens(z: Array, inputs: abc.Sequence[SamplingInput]) -> list[list[li
     drawn: list[int] = []  # inputs with a temperature
     for i, one in enumerate(inputs):
         one.best = best[one.rows]
+        if min(one.best) < 0:
+            first = next(row for row, token in enumerate(one.best) if token < 0)
+            one.fail_row(first, "the logits have no largest one: NaN, +inf or nothing but -inf")
         if one.error is not None:
             continue
-        if min(one.best) < 0:
-            one.error = "the logits have no largest one: NaN, +inf or nothing but -inf"
-        elif one.params.temperature:
+        if one.params.temperature:
             drawn.append(i)
         else:
             tokens = _accepted_tokens(one.best, one.sequence.drafts)
@@ -377,10 +395,11 @@ def record_logprobs(
         if one.num_logprobs is None or one.error is not None or one.request.beam:
             continue
         try:
+            rows = slice(one.rows.start, one.rows.start + (one.usable or one.num_rows))
             if one.request.output.logprobs_mode == "raw_logprobs":
-                log_p = sampling.log_probabilities(raw[one.rows])
+                log_p = sampling.log_probabilities(raw[rows])
             else:
-                log_p = processed_log_probabilities(z[one.rows], one.params)
+                log_p = processed_log_probabilities(z[rows], one.params)
             assert one.num_logprobs is not None
             for state, (tokens, _, _) in zip(one.states, outcome, strict=True):
                 entries = token_logprobs(log_p, range(len(tokens)), tokens, one.num_logprobs)
@@ -401,7 +420,16 @@ def _distributions(z: Array, inputs: abc.Sequence[SamplingInput]) -> Array:
     """z[R, V] → p[P, V] of all rows of some inputs, each with its own parameters."""
     params = [one.params for one in inputs for _ in range(one.num_rows)]
     rows = [row for one in inputs for row in range(one.rows.start, one.rows.stop)]
-    return sampling.distribution(z[asarray_like(rows, z, "int64")], params)
+    z = z[asarray_like(rows, z, "int64")]
+    failed: list[int] = []  # rows of which no token is used
+    first = 0
+    for one in inputs:
+        if one.usable is not None:
+            failed += range(first + one.usable, first + one.num_rows)
+        first += one.num_rows
+    if failed:
+        z[asarray_like(failed, z, "int64")] = 0.0
+    return sampling.distribution(z, params)
 
 
 def _draw(z: Array, inputs: list[SamplingInput]) -> list[list[list[int]] | None]:

@@ -4,6 +4,8 @@ caches.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -36,6 +38,15 @@ from refllm.kv.contiguous import ContiguousCache, ContiguousPolicy
 from refllm.model.llama import forward
 from strategies import seeds
 
+
+def no_token_twice(output: list[int], z: Any) -> Any:
+    """No token follows itself; another text than that fails."""
+    if any(map(int.__eq__, output, output[1:])):
+        raise ValueError("no such text")
+    z[output[-1:]] = -np.inf
+    return z
+
+
 WAYS = {
     "plain": SamplingParams(temperature=1.0),
     "filtered": SamplingParams(temperature=0.7, top_k=2),
@@ -47,6 +58,9 @@ WAYS = {
         logit_bias={0: 0.5, 2: -0.5},
         bad_words=[(0, 2), (2, 2, 1)],
         logits_processors=[lambda output, z: z * (1 + 0.5 * len(output))],
+    ),
+    "failing after drafts that are not accepted": SamplingParams(
+        temperature=1.0, logits_processors=[no_token_twice]
     ),
 }
 LIMITS = {"processed": (2, frozenset([1]))}  # min_tokens, end tokens
@@ -266,6 +280,37 @@ def test_an_end_token_among_accepted_drafts_ends_the_output():
     drafter = PerfectDrafter(target, 8)
     assert model.generate(PROMPT, 8, drafter=drafter) == plain[: plain.index(plain[4])]
     assert model.generate(PROMPT, 8, drafter=drafter, ignore_eos=True) == plain
+
+
+@pytest.mark.parametrize("tree", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 1e-9])
+@pytest.mark.parametrize("last", [1, 2, 4])
+def test_a_processor_that_fails_fails_after_the_tokens_before_it(last, temperature, tree):
+    """All drafts are accepted, those behind the failure too: they are not part of the output."""
+
+    def fails(output: list[int], z: Any) -> Any:
+        if len(output) >= last:
+            raise ValueError("no such text")
+        return z
+
+    target = random_model(SMALL, 4)
+    plain = [
+        t
+        for (t,) in generate_tokens(
+            target.weights, SMALL, [PROMPT], 8, GREEDY, np.random.default_rng(0)
+        )
+    ]
+    drafter: Any = PerfectDrafter(target, 8)
+    if tree:
+        drafter = TreeDrafter(target, 5, confidence=0.0)
+    sampling = SamplingParams(temperature, logits_processors=[fails])
+    found: list[int] = []
+    with pytest.raises(ValueError, match="no such text"):
+        for step in speculate(
+            target.weights, SMALL, PROMPT, 8, sampling, np.random.default_rng(0), drafter
+        ):
+            found += step.tokens
+    assert found == plain[:last]
 
 
 def test_a_draft_model_of_another_vocabulary_is_rejected(models):

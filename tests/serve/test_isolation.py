@@ -314,6 +314,8 @@ def test_a_failure_at_any_point_ends_its_own_request(
     natural = point in ("sampling", "verification")  # what the mathematics itself raises
     if natural and result.error is None:
         return  # it had ended before its settings were changed, or no draft was left to verify
+    if point == "processor" and drafts and not stays and result.error is None:
+        return  # it failed once, after a draft, and succeeded when that draft had been accepted
     name = r"\w+" if natural else error.__name__
     assert re.match(rf"{POINTS[point]} raised {name}: ", result.error), result.error
     assert any(output.finish_reason == "error" for output in result.outputs)
@@ -520,3 +522,93 @@ def test_an_abort_at_any_moment(moment, at, threaded, n, beam, stop, blocks, cac
             whole, _ = alone(request, output.index)
             assert output.tokens == whole[: len(output.tokens)]
             assert output.text == engine.model.tokenizer.decode(output.tokens)
+
+
+# --- drafts that are never accepted -------------------------------------------------------
+
+
+class ListDrafter:
+    """Proposes the tokens of a known text, then the last one again: never accepted here."""
+
+    gamma = 3
+
+    def __init__(self, text: list[int], sampled: bool):
+        self.text = text
+        self.sampled = sampled
+
+    def propose(self, tokens: list[int], count: int, sampling: Any, rng: Any) -> Proposal:
+        known = self.text[len(tokens) : len(tokens) + min(count, 2)]
+        drafts = [*known, tokens[-1], tokens[-1]][: min(count, 3)]
+        if not self.sampled:
+            return Proposal(drafts, None)
+        q = np.zeros((len(drafts), 257))
+        q[range(len(drafts)), drafts] = 1.0
+        return Proposal(drafts, q)
+
+    def observe(self, best: Any, accepted: int) -> None:
+        assert all(token >= 0 for token in best)
+        assert accepted < len(best)
+
+
+def alternating(kind: str, last: int) -> Callable[..., Any]:
+    """Even and odd tokens in turn; after another text, and after ``last`` tokens, it fails."""
+
+    def processor(output: list[int], z: Any) -> Any:
+        odd = [token % 2 for token in output]
+        if len(output) >= last or any(map(int.__eq__, odd, odd[1:])):
+            if kind == "raises":
+                raise ValueError("no such text")
+            z[:] = {"nan": np.nan, "masked": -np.inf}[kind]
+        elif output:
+            z[odd[-1] :: 2] = -np.inf
+        return z
+
+    return processor
+
+
+@pytest.mark.theorem(
+    "A logits processor that fails after a draft which is not accepted fails nothing: tokens and "
+    "the error are those without drafts",
+    source="serve/model_runner.py",
+)
+@pytest.mark.parametrize("kind", ["raises", "nan", "masked"])
+@pytest.mark.parametrize("last", [1, 4, 5, 99])
+@pytest.mark.parametrize("logprobs", [None, 1])
+@pytest.mark.parametrize(("temperature", "sampled"), [(0.0, False), (1.0, False), (0.0, True)])
+def test_rows_after_drafts_that_are_not_accepted_fail_nothing(
+    kind, last, logprobs, temperature, sampled
+):
+    request = Request(
+        PROMPT,
+        9,
+        "r",
+        ignore_eos=True,
+        temperature=temperature,
+        seed=3,
+        logprobs=logprobs,
+        logprobs_mode="processed_logprobs",
+        logits_processors=[alternating(kind, last)],
+    )
+    plain = Engine(served_model(), num_blocks=40, block_size=4, poison=True)
+    plain.submit(request)
+    expected_result = plain.run()["r"]
+    assert (expected_result.error is None) == (last > 9)
+    text = [*PROMPT, *expected_result.tokens]
+    engine = Engine(
+        served_model(),
+        num_blocks=40,
+        block_size=4,
+        poison=True,
+        drafter=lambda: ListDrafter(text, sampled),
+    )
+    engine.submit(request)
+    results = serve(engine)
+    assert results["r"].tokens == expected_result.tokens
+    assert results["r"].error == expected_result.error
+    if last > 4:
+        assert results["r"].accepted_tokens
+    if logprobs:
+        for found, entry in zip(
+            results["r"].outputs[0].logprobs, expected_result.outputs[0].logprobs, strict=True
+        ):
+            assert list(found) == list(entry)

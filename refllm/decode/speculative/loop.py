@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refllm.backend import Array, finite_argmax, namespace, to_numpy
+from refllm.backend import Array, asarray_like, finite_argmax, namespace, to_numpy
 from refllm.decode.fast.captured_step import make_decode_step
 from refllm.decode.generate import check_prompts, checked_policy, choose_tokens, prefill
 from refllm.decode.logits_processors import LogitsProcessors, Row, process_rows
@@ -47,6 +47,9 @@ from refllm.model.llama import Weights, logits
 AcceptanceRule = Callable[
     [Array, Array | None, Sequence[int], np.random.Generator], tuple[int, int]
 ]
+
+
+NO_LARGEST = "the logits of a step have no largest one: NaN, +inf or nothing but -inf"
 
 
 class SpeculativeStep(NamedTuple):
@@ -150,16 +153,20 @@ def _speculate(
             positions = tree.positions(cache.lengths[0])
             raw = decode_step(new, positions, cache.view_tree(0, tree))  # [m+1, V]
             z = processed_logits(raw, processors, tokens, len(prompt), proposal.tokens, tree)
+            z, failed = without_failed_rows(z)
             step, path = verify_tree_proposal(z, proposal, sampling, rng)
+            step, path = before_failed_rows(step, path, failed)
             rows = [0, *(node + 1 for node in path)]  # that the tokens were drawn from
             cache.advance_path(0, path)
         else:
             positions = cache.positions([len(new)])
             raw = decode_step(new, positions, cache.view([len(new)]))  # [γ+1, V]
             z = processed_logits(raw, processors, tokens, len(prompt), proposal.tokens)
+            z, failed = without_failed_rows(z)
             step, best = verify_proposal(z, proposal, sampling, rng, rule)
+            step, _ = before_failed_rows(step, range(step.accepted), failed)
             rows = list(range(step.accepted + 1))
-            drafter.observe(best, step.accepted)
+            drafter.observe(best[: min(failed, default=len(best))], step.accepted)
             cache.advance([step.accepted + 1])
         if recorder is not None:
             recorder.add([0] * len(rows), rows, step.tokens, raw, z, sampling)
@@ -216,22 +223,60 @@ def processed_logits(
     tree: Tree | None = None,
 ) -> Array:
     """z[γ+1, V] after the logits processors: row i follows the tokens and the drafts before
-    it, in a tree those above it.
+    it, in a tree those above it. A row whose processor raises is -inf: it may follow a draft
+    that is never accepted. Of row 0 the exception is raised.
     """
     if not processors.active:
         return z
     prompt = tokens[:prompt_length]
     output = tokens[prompt_length:]
     rows: list[Row | None] = []
+    failed: list[int] = []
     for i in range(len(drafts) + 1):
         before = list(range(i)) if tree is None else tree.ancestors(i - 1)
         rows.append(Row(processors, prompt, [*output, *(drafts[j] for j in before)]))
-    return process_rows(z, rows)
+
+    def fail(row: int, error: Exception) -> None:
+        if row == 0:
+            raise error
+        failed.append(row)
+
+    z = process_rows(z, rows, fail)
+    if failed:
+        z[asarray_like(failed, z, "int64")] = -namespace(z).inf
+    return z
+
+
+def without_failed_rows(z: Array) -> tuple[Array, list[int]]:
+    """z[γ+1, V] with zeros in the rows that give no token (NaN, +inf or nothing but -inf), and
+    these rows. They follow drafts that may never be accepted. InputError if row 0 is one.
+    """
+    failed = [row for row, token in enumerate(finite_argmax(z)) if token < 0]
+    if not failed:
+        return z, failed
+    if failed[0] == 0:
+        raise InputError(NO_LARGEST)
+    z = z.copy()
+    z[asarray_like(failed, z, "int64")] = 0.0
+    return z, failed
+
+
+def before_failed_rows(
+    step: SpeculativeStep, path: Sequence[int], failed: Sequence[int]
+) -> tuple[SpeculativeStep, list[int]]:
+    """The step up to the first failed row on its accepted path: the draft before that row is
+    its last token, and the next step, where the row is row 0, decides.
+    """
+    for length, node in enumerate(path):
+        if node + 1 in failed:
+            token = step.drafts[length]
+            return step._replace(accepted=length, token=token), list(path[:length])
+    return step, list(path)
 
 
 def _checked_argmax(z: Array) -> list[int]:
     """The argmax of each row on the host; ValueError if no logit of a row is the largest."""
     found = finite_argmax(z)
     if min(found) < 0:
-        raise InputError("the logits of a step have no largest one: NaN, +inf or nothing but -inf")
+        raise InputError(NO_LARGEST)
     return found
