@@ -305,11 +305,9 @@ def test_a_processor_that_fails_fails_after_the_tokens_before_it(last, temperatu
         drafter = TreeDrafter(target, 5, confidence=0.0)
     sampling = SamplingParams(temperature, logits_processors=[fails])
     found: list[int] = []
+    steps = speculate(target.weights, SMALL, PROMPT, 8, sampling, np.random.default_rng(0), drafter)
     with pytest.raises(ValueError, match="no such text"):
-        for step in speculate(
-            target.weights, SMALL, PROMPT, 8, sampling, np.random.default_rng(0), drafter
-        ):
-            found += step.tokens
+        found.extend(token for step in steps for token in step.tokens)
     assert found == plain[:last]
 
 
