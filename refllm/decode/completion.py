@@ -191,7 +191,9 @@ class OutputReader:
         """The text that is held back, up to a stop string, and which one."""
         if self._characters is None or self._strings is None:
             return "", None
-        text = self._strings.push(self._characters.flush()) + self._strings.flush()
+        stopping = len(self.tokens) > self.params.min_tokens
+        text = self._strings.push(self._characters.flush(), stopping=stopping)
+        text += self._strings.flush()
         return text, self._strings.matched
 
     def _chunk(

@@ -133,7 +133,7 @@ def with_token_ids(sampling: SamplingParams, tokenizer: Tokenizer) -> SamplingPa
 def process_rows(
     z: Array,
     rows: Sequence[Row | None],
-    on_error: Callable[[int, Exception], object] | None = None,
+    on_error: Callable[[int, BaseException], object] | None = None,
 ) -> Array:
     """z[R, V] after the processors of each row, in a new array; None leaves a row alone.
 
@@ -155,8 +155,8 @@ def process_rows(
         for function in row.processors.sampling.logits_processors:
             try:
                 part[at] = call_processor(function, row.prompt, row.output, part[at, ...])
-            except Exception as error:
-                if on_error is None:
+            except BaseException as error:
+                if on_error is None or isinstance(error, (KeyboardInterrupt, SystemExit)):
                     raise
                 on_error(i, error)
                 break

@@ -65,7 +65,8 @@ class Detokenizer:
 
     def flush(self) -> None:
         """No more tokens will come: release the text that is held back."""
-        self._new += self._stop_strings.push(self._characters.flush())
+        stopping = self.count > self._params.min_tokens
+        self._new += self._stop_strings.push(self._characters.flush(), stopping=stopping)
         self._new += self._stop_strings.flush()  # nothing follows a stop string
 
     def append_end(self, token: int) -> None:

@@ -460,7 +460,9 @@ class Engine(EngineStats):
         for delivered, update in enumerate(updates):
             try:
                 state.callback(update)
-            except Exception as error:
+            except (KeyboardInterrupt, SystemExit) as interrupt:
+                self._interrupt = interrupt
+            except BaseException as error:
                 state.callback = None
                 words = sentence("callback", error)
                 with self._lock:
@@ -472,8 +474,6 @@ class Engine(EngineStats):
                             state.mark_failed(undelivered)
                     state.output.error = state.output.error or words
                     return self._end(update.request_id, words)
-            except BaseException as interrupt:
-                self._interrupt = interrupt
         return []
 
     def _finish(self, request_id: abc.Hashable, cut_off: list[Sequence]) -> None:

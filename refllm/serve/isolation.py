@@ -15,6 +15,10 @@ How a failure is kept apart:
   fails (``compute_isolated``): those for which it fails alone are the cause;
 - inside the scheduler a ``RequestFailure`` carries the request to where it can be ended.
 
+KeyboardInterrupt and SystemExit end the program, wherever they are raised: they reach the caller of
+``step``. Every other exception of a function of the user's is its request's, those that are no
+``Exception``, too (asyncio.CancelledError).
+
 ``submit`` is no such point: it raises to its caller, and the engine is unchanged.
 
 Left out: a function of a request that never returns, or takes all memory (only a limit on
@@ -55,7 +59,7 @@ class RequestFailure(Exception):
 OWN_MEMORY = ("processor", "text", "callback")
 
 
-def sentence(point: str, error: Exception) -> str:
+def sentence(point: str, error: BaseException) -> str:
     """What ``RequestOutput.error`` says. Raises ``error`` itself if it is no single request's:
     a MemoryError outside ``OWN_MEMORY``.
 
@@ -78,7 +82,7 @@ def message(error: BaseException) -> str:
 class Failures(dict[abc.Hashable, str]):
     """The requests that have failed in the current step, with the sentence of the first error."""
 
-    def add(self, request_id: abc.Hashable, point: str, error: Exception) -> None:
+    def add(self, request_id: abc.Hashable, point: str, error: BaseException) -> None:
         """Note that something of a request has raised ``error``."""
         self.setdefault(request_id, sentence(point, error))
 

@@ -353,7 +353,7 @@ def process_inputs(z: Array, inputs: abc.Sequence[SamplingInput]) -> Array:
             follows = [*output, *one.sequence.drafts[:i]]
             rows[row] = Row(one.processors, one.request.prompt_ids, follows)
 
-    def fail(row: int, error: Exception) -> None:
+    def fail(row: int, error: BaseException) -> None:
         one = owners[row]
         one.fail_row(row - one.rows.start, sentence("processor", error))
 

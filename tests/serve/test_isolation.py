@@ -5,6 +5,7 @@ failure ends that request, and its neighbours get the tokens that they get alone
 from __future__ import annotations
 
 import re
+from asyncio import CancelledError
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -389,6 +390,50 @@ def test_what_fails_for_all_together_and_for_none_alone_is_raised():
     with pytest.raises(OSError, match="the device is lost"):
         compute_isolated(items, small, "sampling")
     assert not any(item.error for item in items)
+
+
+@pytest.mark.parametrize("hook", ["processor", "callback"])
+@pytest.mark.parametrize("error", [CancelledError, GeneratorExit])
+def test_an_exception_that_is_no_exception_ends_its_own_request(hook, error):
+    """asyncio.CancelledError is none, and a hook that waits for a task may raise it."""
+
+    def processor(output: list[int], z: Any) -> Any:
+        if len(output) == 2:
+            raise error("planted")
+        return z
+
+    def callback(update: SequenceUpdate) -> None:
+        if update.index == 1:
+            raise error("planted")
+
+    engine = Engine(served_model(), num_blocks=40, block_size=4)
+    chosen = {"logits_processors": [processor]} if hook == "processor" else {}
+    request = Request(PROMPT, 6, VICTIM, n=2, temperature=1.0, seed=3, **chosen)
+    submit_all(engine, request, callback if hook == "callback" else None, 2)
+    results = serve(engine)
+    assert_neighbours_are_served_as_alone(results)
+    kind = "a logits processor" if hook == "processor" else "the callback"
+    assert results[VICTIM].error == f"{kind} raised {error.__name__}: planted"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_what_ends_the_program_is_raised_and_the_step_can_be_repeated(error):
+    uses = []
+
+    def processor(output: list[int], z: Any) -> Any:
+        uses.append(output)
+        if len(uses) == 2:
+            raise error
+        return z
+
+    engine = Engine(served_model(), num_blocks=40, block_size=4)
+    submit_all(engine, Request(PROMPT, 6, VICTIM, logits_processors=[processor]), None, 2)
+    engine.step()
+    with pytest.raises(error):
+        engine.step()
+    results = serve(engine)
+    assert_neighbours_are_served_as_alone(results)
+    assert results[VICTIM].error is None
 
 
 @pytest.mark.parametrize("point", POINTS)

@@ -475,3 +475,29 @@ def test_a_step_that_fails_leaves_no_logprobs_behind():
     engine.scheduler.update = update
     (output,) = engine.run()["r"].outputs
     assert [next(iter(entry)) for entry in output.logprobs] == output.tokens
+
+
+@pytest.mark.parametrize("min_tokens", [2, 3])
+def test_half_a_character_at_the_end_completes_no_stop_string_before_min_tokens(min_tokens):
+    """It is held back until the output ends, and shown as the replacement character."""
+    model = served_model()
+    half = next(t for t in range(257) if model.tokenizer.decode([t]) == "\ufffd")
+    options: dict[str, Any] = {
+        "logits_processors": [lambda output, z: z - 1e9 * (np.arange(257) != half)],
+        "stop": "\ufffd\ufffd\ufffd",
+        "min_tokens": min_tokens,
+        "ignore_eos": True,
+    }
+    engine = Engine(model, num_blocks=20)
+    engine.submit(Request([1, 2], 3, "r", **options))
+    engine.submit(Request([1, 2], 3, "streams", **options), lambda update: None)
+    results = engine.run()
+    reason = "stop" if min_tokens == 2 else "length"
+    for result in (
+        results["r"],
+        results["streams"],
+        model.generate([1, 2], 3, details=True, **options),
+    ):
+        assert result.finish_reason == reason
+        assert len(result.tokens) == 3
+        assert result.text == ("" if min_tokens == 2 else "\ufffd" * 3)

@@ -236,7 +236,7 @@ def processed_logits(
         before = list(range(i)) if tree is None else tree.ancestors(i - 1)
         rows.append(Row(processors, prompt, [*output, *(drafts[j] for j in before)]))
 
-    def fail(row: int, error: Exception) -> None:
+    def fail(row: int, error: BaseException) -> None:
         if row == 0:
             raise error
         failed.append(row)
