@@ -213,7 +213,7 @@ class Engine(EngineStats):
         with self._lock:
             self._reset_wanted = self.scheduler.step is not None
             if not self._reset_wanted:
-                self.scheduler.reset_prefix_cache()
+                self._forget_computed()
 
     def run(self) -> dict[abc.Hashable, RequestOutput]:
         """Step until every request has finished; returns, and forgets, all outputs that have
@@ -323,7 +323,15 @@ class Engine(EngineStats):
         """
         if self._runner.capture(self.model) or self._reset_wanted:
             self._reset_wanted = False
-            self.scheduler.reset_prefix_cache()
+            self._forget_computed()
+
+    def _forget_computed(self) -> None:
+        """Forget cached prefixes, and the log-probabilities of prompts that are half computed."""
+        self.scheduler.reset_prefix_cache()
+        for state in self._requests.values():
+            known = state.output.prompt_logprobs
+            if known is not None and len(known) < len(state.request.prompt):
+                del known[1:]
 
     def _expire(self) -> None:
         """End the requests whose time is over; the updates say so at the end of the step."""

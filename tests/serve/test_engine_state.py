@@ -265,3 +265,30 @@ def test_a_failure_of_planning_itself_is_raised_and_no_token_is_lost(
             assert output.tokens == alone(request, output.index)[0]
     assert engine.used_blocks == 0
     assert raised or method in ("hold",)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_prompt_logprobs_are_of_one_network_where_weights_change_within_the_prompt(in_place):
+    first, second = (
+        tiny_model(seed, vocab_size=257, max_position_embeddings=96, eos_token_ids=(5,))
+        for seed in (3, 4)
+    )
+    model = Model(first.config, first.weights, first.tokenizer)
+    engine = Engine(model, num_blocks=40, block_size=4, max_batch_tokens=4)
+    prompt = list(range(10, 24))
+    engine.submit(Request(prompt, 2, "r", prompt_logprobs=0, ignore_eos=True))
+    engine.step()
+    engine.step()
+    if in_place:
+        first.weights["norm"][:] = second.weights["norm"] * 1.5
+        engine.reset_prefix_cache()
+    else:
+        model.weights = second.weights
+    found = engine.run()["r"].prompt_logprobs
+    other = Engine(model, num_blocks=40, block_size=4)
+    other.submit(Request(prompt, 2, "r", prompt_logprobs=0, ignore_eos=True))
+    expected = other.run()["r"].prompt_logprobs
+    assert len(found) == len(expected) == len(prompt)
+    for entry, of_one in zip(found[1:], expected[1:], strict=True):
+        ((token, one),) = entry.items()
+        assert abs(one.logprob - of_one[token].logprob) <= 1e-12
