@@ -348,12 +348,15 @@ class RequestState:
 
     def best_outputs(self) -> list[CompletionOutput]:
         """The outputs in their order; of ``best_of`` the n of the highest Σ log p, the best
-        first.
+        first; what was cut off, which has fewer terms, comes after what is complete.
         """
         outputs = sorted(self.output.outputs, key=lambda one: one.index)
         if self.request.num_sequences == self.request.n:
             return outputs
-        outputs.sort(key=lambda one: -(one.cumulative_logprob or 0.0))
+        complete = ("stop", "length")
+        outputs.sort(
+            key=lambda one: (one.finish_reason not in complete, -(one.cumulative_logprob or 0.0))
+        )
         keeps = self.request.output.logprobs is not None
         return [
             replace(one, index=i, logprobs=one.logprobs if keeps else None)

@@ -501,3 +501,23 @@ def test_half_a_character_at_the_end_completes_no_stop_string_before_min_tokens(
         assert result.finish_reason == reason
         assert len(result.tokens) == 3
         assert result.text == ("" if min_tokens == 2 else "\ufffd" * 3)
+
+
+def test_best_of_prefers_complete_outputs_to_those_that_were_cut_off():
+    time = [0.0]
+    engine = Engine(served_model(), num_blocks=80, block_size=4, clock=lambda: time[0])
+    options: dict[str, Any] = {"temperature": 1.0, "seed": 4, "timeout": 12, "logprobs": 0}
+    options["stop_token_ids"] = list(range(0, 250, 12))
+    engine.submit(Request([1, 2, 3], 30, "all", n=6, **options))
+    engine.submit(Request([1, 2, 3], 30, "best", n=3, best_of=6, **options))
+    while engine.unfinished:
+        time[0] += 1
+        engine.step()
+    results = engine.run()
+    sums: dict[str, list[float]] = {"stop": [], "timeout": []}
+    for output in results["all"].outputs:
+        sums[output.finish_reason].append(output.cumulative_logprob)
+    assert len(sums["stop"]) == 3
+    assert max(sums["timeout"]) > min(sums["stop"]), "a shorter output has a larger sum"
+    best = [output.cumulative_logprob for output in results["best"].outputs]
+    assert best == pytest.approx(sorted(sums["stop"], reverse=True), abs=1e-9)
