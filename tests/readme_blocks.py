@@ -320,6 +320,38 @@ def _products() -> str:
         one block of all columns without, and matrix-vector products up to three rows."""
 
 
+def real_speed() -> str:
+    """The pretrained model beside transformers and llama.cpp, with one and two threads."""
+    record = benchmark("real")
+    peers = ("transformers", "llama.cpp, F32", "llama.cpp, Q4_1")
+    rows = []
+    for row in record["results"]:
+        if row["what"] not in ("batch 1", "batch 8", "prefill"):
+            continue
+        ratios = [f"{row['ratio'][peer]['median']:.1f}×" for peer in peers]
+        rows.append(
+            [
+                f"{row['threads']}",
+                row["what"],
+                f"{row['tokens_per_second']['refllm']['median']:,.0f}",
+                *ratios,
+            ]
+        )
+    settings = record["settings"]
+    opening = paragraphs(
+        f"""SmolLM2-135M-Instruct in float32, decoded once from its file, greedy,
+        {settings["new"]} tokens after prompts of {settings["prompt"]} and a prefill of
+        {settings["prefill"]}, engines in turn; tokens/s count the prompt's time.
+        `python benchmarks/real.py` repeats it
+        ([data](benchmarks/results/real.json): machine, versions, both kernel families, steps of
+        several tokens). llama.cpp also runs the file as it is, in Q4_1, which is less than a
+        fifth of the bytes per token."""
+    )
+    head = ["threads", "what", "refllm, tokens/s", *(f"÷ {peer}" for peer in peers)]
+    head[3] = "÷ `transformers`"
+    return "\n\n".join([opening, table(head, "|---:|---|---:|---:|---:|---:|", rows)])
+
+
 def training() -> str:
     """Training beside PyTorch."""
     (row,) = benchmark("training")["results"]
@@ -343,5 +375,6 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "padding": padding,
     "speculation": speculation,
     "speed": speed,
+    "real-speed": real_speed,
     "training": training,
 }
