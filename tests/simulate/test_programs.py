@@ -110,6 +110,8 @@ def test_a_conversation_repeats_its_earlier_turns():
     assert list(second.prompt[:200]) == list(first.prompt)
     assert list(second.prompt[200:224]) == list(range(24))
     assert by_id[1, 0].prompt[:160] == first.prompt[:160] != by_id[1, 0].prompt[160:]
+    # each turn ends with a message of its own: three turns of four conversations
+    assert len({tuple(r.prompt[-40:]) for r in by_id.values()}) == 12
 
 
 @given(st.integers(1, 40), st.floats(0, 3))
