@@ -83,6 +83,15 @@ def test_a_mixture_has_the_mean_of_its_parts():
     assert abs(x.mean() - mean) <= SIGMAS * sqrt(variance / 20_000)
 
 
+def test_a_pair_that_is_just_as_long_as_allowed_is_kept():
+    class Coin:
+        def sample(self, rng, count):
+            return rng.integers(1, 3, count)
+
+    prompts, outputs = Traffic(Coin(), Coin(), 3).sample(np.random.default_rng(0), 50)
+    assert set((prompts + outputs).tolist()) == {2, 3}
+
+
 @pytest.mark.parametrize("name", TRAFFIC)
 def test_traffic_has_its_exact_means(name):
     traffic = TRAFFIC[name]
