@@ -12,7 +12,9 @@ import pytest
 
 from conftest import oracle
 from networks import NETWORKS, SIZES, TOKENS, close, full_logits, random_tensors, tokenizer
+from refllm import api
 from refllm.checkpoints.loading import build_weights, iter_tensors, load
+from refllm.checkpoints.sources import locate
 from refllm.checkpoints.tensor_files import INDEX
 from refllm.checkpoints.writer import save
 from refllm.model.config import ModelConfig
@@ -161,3 +163,20 @@ def test_their_tokenizer_gives_our_ids(tmp_path):
     )
     assert (theirs.eos_token_id, theirs.bos_token_id) == (0, 0)
     assert theirs.model_max_length == config.max_position_embeddings
+
+
+@pytest.mark.real
+def test_the_real_model_computes_what_transformers_reads_from_the_same_file():
+    torch = oracle("torch")
+    transformers = oracle("transformers")
+    oracle("gguf")
+    model = api.load("smollm2")
+    path = Path(locate("smollm2"))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
+    ids = model.tokenizer.encode("A lock protects data that several threads change. " * 6)
+    with torch.no_grad():
+        expected = theirs(torch.tensor([ids])).logits[0].numpy()
+    z = model.logits(ids)
+    assert np.abs(z - expected).max() <= 1e-5 * np.abs(expected).max()
