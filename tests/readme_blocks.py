@@ -337,6 +337,16 @@ def real_speed() -> str:
                 *ratios,
             ]
         )
+    nbytes = {name: about.get("bytes") for name, about in record["engines"].items()}
+    stored, floats = (nbytes[f"{peer}, threads 1"] for peer in (peers[2], peers[1]))
+    claim(5 * stored < floats, "Q4_1 is less than a fifth of float32's bytes")
+    ours = {
+        (row["threads"], row["what"]): row["tokens_per_second"]
+        for row in record["results"]
+        if row["what"] != "steps"
+    }
+    one, two = (ours[threads, "batch 1"]["refllm"]["median"] for threads in (1, 2))
+    claim(two <= 1.05 * one, "a second thread gains nothing for one sequence")
     settings = record["settings"]
     opening = paragraphs(
         f"""SmolLM2-135M-Instruct in float32, decoded once from its file, greedy,
@@ -345,8 +355,11 @@ def real_speed() -> str:
         `python benchmarks/real.py` repeats it
         ([data](benchmarks/results/real.json): machine, versions, both kernel families, steps of
         several tokens). llama.cpp also runs the file as it is, in Q4_1, which is less than a
-        fifth of the bytes per token."""
+        fifth of the bytes per token. For one sequence a second thread gains refllm nothing on
+        this machine, and llama.cpp much."""
     )
+    llama = ours[2, "batch 1"][peers[1]]["median"] / ours[1, "batch 1"][peers[1]]["median"]
+    claim(llama > 1.3, "llama.cpp gains much from a second thread")
     head = ["threads", "what", "refllm, tokens/s", *(f"÷ {peer}" for peer in peers)]
     head[3] = "÷ `transformers`"
     return "\n\n".join([opening, table(head, "|---:|---|---:|---:|---:|---:|", rows)])
