@@ -135,6 +135,7 @@ def _gguf_facts(path: Path, xp: Namespace, weights: str, verify: bool) -> Json:
     """``describe`` of a GGUF file."""
     from refllm.checkpoints.chat_template_files import templates_from_metadata
     from refllm.checkpoints.gguf import GGUFTensors, open_file, read_tokenizer
+    from refllm.checkpoints.sources import SMOLLM2_FILE, SMOLLM2_SHA256
     from refllm.checkpoints.writer import file_sha256
 
     with open_file(path) as file:
@@ -152,6 +153,7 @@ def _gguf_facts(path: Path, xp: Namespace, weights: str, verify: bool) -> Json:
     name = metadata.get("general.name")
     pre = metadata.get("tokenizer.ggml.pre")
     parts = file.paths
+    known = {SMOLLM2_FILE: SMOLLM2_SHA256}  # a GGUF file brings no manifest
     return _facts(
         name if isinstance(name, str) else path.stem,
         config,
@@ -165,8 +167,8 @@ def _gguf_facts(path: Path, xp: Namespace, weights: str, verify: bool) -> Json:
             {
                 "name": part.name,
                 "bytes": part.stat().st_size,
-                "sha256": file_sha256(part) if verify else None,
-                "state": "not recorded",
+                "sha256": file_sha256(part) if verify else known.get(part.name),
+                "state": _file_state(part.name, part, known.get(part.name), verify),
             }
             for part in parts
         ],

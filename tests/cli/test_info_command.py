@@ -322,10 +322,10 @@ def test_simulate_takes_the_shape_of_a_gguf_file(tmp_path):
 
 @pytest.mark.real
 def test_smollm2_is_described():
-    result = run("info", "smollm2", "--json")
-    if "pip install" in result.stderr:
-        pytest.skip(result.stderr)
-    facts = json.loads(result.stdout)
+    facts = json.loads(run("info", "smollm2", "--json").stdout)
+    assert facts["files"][0]["state"] == "recorded"
+    verified = json.loads(run("info", "smollm2", "--verify", "--json").stdout)
+    assert verified["files"][0]["state"] == "verified"
     assert facts["weights"]["tensors"] == {"Q4_1": 210, "F32": 61, "Q8_0": 1}
     assert facts["tokenizer"]["pre"] == "smollm"
     assert facts["tokenizer"]["end"] == ["<|im_end|>", "<|endoftext|>", "<reponame>"]
