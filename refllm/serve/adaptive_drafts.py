@@ -10,7 +10,9 @@ again.
 
 How many drafts pay depends on the batch and on the acceptance α: ``serve.draft_costs``. The
 estimate of a sequence's α starts with the acceptance of all sequences so far, so in a server
-that runs for long no new sequence pays for finding out. A sequence that has gone without
+that runs for long no new sequence pays for finding out. While few drafts are verified, γ is
+chosen by the upper end of what α may be (``OPTIMISM``): a cautious guess would keep an engine
+from ever learning that drafts pay. A sequence that has gone without
 drafts for ``PROBE`` steps probes with one draft, so that one bad start is not final. Every
 failed probe doubles the probing interval of all sequences.
 
@@ -27,6 +29,7 @@ Left out: trees in the engine.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -56,6 +59,7 @@ PROBE = 32  # steps that a sequence goes without drafts before it probes, at fir
 MARGIN = 1.2
 DECAY = 0.9  # weight of an earlier draft of a sequence relative to the next one
 PRIOR = (0.5, 4.0)  # α before any draft was verified, and its weight in drafts
+OPTIMISM = 2.0  # standard deviations that γ is chosen above the estimated α of all sequences
 SHARED_WEIGHT = 16.0  # weight, in drafts, of the α of all sequences in the estimate of one
 NO_TREES = "the engine verifies chains: give it a ModelDrafter where this one grows trees"
 
@@ -181,6 +185,18 @@ class AdaptiveDrafting:
         alpha, weight = PRIOR
         return (alpha * weight + self.stats.accepted) / (weight + self.stats.judged)
 
+    @property
+    def optimistic_alpha(self) -> float:
+        """The upper end of what α may be: the estimate and ``OPTIMISM`` standard deviations of
+        it, √(α (1 − α) / n) for n drafts.
+
+        With few drafts verified it is near 1, so an engine finds out what is accepted wherever
+        drafts could pay; it falls to the estimate as drafts are verified.
+        """
+        alpha = self.alpha
+        deviation = math.sqrt(alpha * (1 - alpha) / (PRIOR[1] + self.stats.judged))
+        return min(1.0, alpha + OPTIMISM * deviation)
+
     def worthwhile_gamma(self, alpha: float, most: int) -> int:
         """The best γ by the measured costs for ``alpha``, rounded to hundredths, in the
         current batch; 0 if it gains less than ``MARGIN``.
@@ -291,8 +307,16 @@ class SequenceDrafter:
     @property
     def alpha(self) -> float:
         """The estimate of its acceptance: its own drafts beside those of all sequences."""
-        shared = SHARED_WEIGHT * self.drafting.alpha
-        return (shared + self.accepted) / (SHARED_WEIGHT + self.judged)
+        return self._mix(self.drafting.alpha)
+
+    @property
+    def optimistic_alpha(self) -> float:
+        """The same with the optimistic estimate of all sequences; γ is chosen by it."""
+        return self._mix(self.drafting.optimistic_alpha)
+
+    def _mix(self, shared: float) -> float:
+        """The α of all sequences and the sequence's own drafts, by their weights."""
+        return (SHARED_WEIGHT * shared + self.accepted) / (SHARED_WEIGHT + self.judged)
 
     def propose(
         self, tokens: Sequence[int], count: int, sampling: SamplingParams, rng: np.random.Generator
@@ -324,7 +348,7 @@ class SequenceDrafter:
     def _worthwhile_gamma(self) -> int:
         """The γ that pays, or 1 if it is time to probe."""
         drafting = self.drafting
-        gamma = drafting.worthwhile_gamma(min(1.0, self.alpha), self.gamma)
+        gamma = drafting.worthwhile_gamma(min(1.0, self.optimistic_alpha), self.gamma)
         self.idle = 0 if gamma else self.idle + 1
         # one probe per step, and none where drafts would not pay even at α = 1
         self.probes = (
