@@ -1,0 +1,352 @@
+"""A pushdown automaton over bytes whose terminals are DFAs: the simple definition, one byte at a
+time.
+
+What is regular (a string, a number, a literal) is one ``Terminal``, a DFA. What is not (an
+object, an array, a rule of a context-free grammar) is a ``Frame`` on a stack. A ``State`` is a
+set of threads, the ways in which the bytes read so far can be parsed. Each thread is somewhere in
+the DFA of its terminal; where that accepts, the thread may leave it, and the frame on top of its
+stack says what may follow (``Frame.resume``). A thread that leaves with an empty stack has read a
+whole text: the state accepts.
+
+States are values. Reading a byte returns a new state that shares the rest of the stacks, so that
+branching and rolling back cost nothing. Two token sequences of the same bytes lead to equal
+states.
+
+Every thread can be completed, if frames push only terminals and frames that can be: a thread
+whose DFA can no longer accept is dropped at once.
+
+Sources: persistent stacks and one automaton per rule, XGrammar (arXiv 2411.15100, §3); DFAs as
+the terminals of a context-free grammar that needs no lexer of its own, llguidance
+(``docs/toktrie.md``, and derivre). Fast masks for all tokens are in ``masks``.
+
+| symbol    | name                                   | type                          |
+|-----------|----------------------------------------|-------------------------------|
+| q         | ``Thread.state``, a state of the DFA   | int, 0 is dead                |
+| labels    | bit set of what the DFA accepted in q  | int                           |
+
+Left out: left recursion (a frame that resumes at once in a copy of itself would never read a
+byte; ``settle`` stops it with an error), and merging stacks of equal tops into a graph (GSS): a
+highly ambiguous grammar has many threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+
+from refllm.array_types import Array
+from refllm.decode.grammar.counts import UNBOUNDED, RemainingCounts, remaining_counts
+from refllm.decode.grammar.dfa import DFA
+from refllm.decode.grammar.errors import GrammarError
+
+MAX_THREADS = 5_000
+
+
+@dataclass(frozen=True)
+class Terminal:
+    """A regular part of the text: what ``dfa`` (over bytes) accepts with one of the labels
+    ``allowed``, and ``minimum`` to ``maximum`` characters of it.
+
+    ``increments`` int8[S, 256] says which bytes complete a character (see ``utf8``); it is needed
+    only where the length is limited. With ``capture`` the bytes read are passed to ``resume``.
+    """
+
+    dfa: DFA
+    allowed: int = -1
+    minimum: int = 0
+    maximum: int | None = None
+    capture: bool = False
+    increments: Array | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def counted(self) -> bool:
+        """Whether the length is limited, so that characters are counted."""
+        return self.minimum > 0 or self.maximum is not None
+
+    @cached_property
+    def remaining(self) -> RemainingCounts:
+        """How many characters may follow each state of the DFA."""
+        assert self.increments is not None, "a length limit needs increments"
+        labels = np.array(self.dfa.labels) & self.allowed
+        return remaining_counts(self.dfa.byte_table, np.asarray(self.increments), labels != 0)
+
+    def alive(self, state: int, count: int) -> bool:
+        """Whether the DFA, in ``state`` after ``count`` characters, can still accept."""
+        if not self.dfa.reachable_labels(state) & self.allowed:
+            return False
+        if not self.counted:
+            return True
+        low = np.array([self.minimum - count])
+        high = np.array([UNBOUNDED if self.maximum is None else self.maximum - count])
+        return bool(self.remaining.within(np.array([state]), low, high)[0])
+
+    def accepted(self, state: int, count: int) -> int:
+        """The labels accepted in ``state`` after ``count`` characters; 0 where it does not."""
+        if count < self.minimum or (self.maximum is not None and count > self.maximum):
+            return 0
+        return self.dfa.labels[state] & self.allowed
+
+
+class Frame(Protocol):
+    """What surrounds a terminal: an object, an array, the rest of a rule. Immutable and hashable.
+
+    ``captures``: whether ``resume`` needs the bytes of everything that was read above the frame
+    since it was pushed.
+    """
+
+    @property
+    def captures(self) -> bool: ...
+
+    def resume(
+        self, label_bits: int, text: bytes | None, below: Stack | None
+    ) -> Iterable[tuple[Terminal | None, Stack | None]]:
+        """What may follow once the terminal above this frame was read, with these labels.
+
+        ``text`` is what was read above the frame if it ``captures``, else what the terminal
+        directly above read if that captures, else None. ``below`` is the stack without this
+        frame. Each alternative is a terminal and the stack under it, which extends ``below``;
+        None in place of the terminal: nothing is read here, and the top of that stack is resumed
+        at once, with label bits 1.
+        """
+        ...
+
+
+class Stack:
+    """A frame and the stack below it: a persistent linked list, None when empty."""
+
+    __slots__ = ("_hash", "below", "captures", "depth", "frame")
+
+    def __init__(self, frame: Frame, below: Stack | None = None) -> None:
+        self.frame = frame
+        self.below = below
+        # how many frames capture, this one included
+        self.captures: int = frame.captures + (below.captures if below is not None else 0)
+        self.depth: int = 1 + (below.depth if below is not None else 0)
+        self._hash = hash((frame, below._hash if below is not None else 0))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Stack):
+            return NotImplemented
+        mine: Stack | None = self
+        theirs: Stack | None = other
+        while mine is not theirs:  # equal stacks mostly share what is below
+            if mine is None or theirs is None:
+                return False
+            if mine._hash != theirs._hash or mine.depth != theirs.depth:
+                return False
+            if mine.frame != theirs.frame:
+                return False
+            mine = mine.below
+            theirs = theirs.below
+        return True
+
+    def __iter__(self) -> Iterator[Frame]:
+        """The frames, top first."""
+        at: Stack | None = self
+        while at is not None:
+            yield at.frame
+            at = at.below
+
+    def __reduce__(self) -> tuple[object, ...]:  # hashes of strings differ between processes
+        return _stack_of, (tuple(self),)
+
+    def __repr__(self) -> str:
+        return f"Stack({list(self)})"
+
+
+def _stack_of(frames: tuple[Frame, ...]) -> Stack | None:
+    """The stack of these frames, top first."""
+    stack = None
+    for frame in reversed(frames):
+        stack = Stack(frame, stack)
+    return stack
+
+
+class Thread(NamedTuple):
+    """One way to parse what was read: a place in a terminal, and the stack below.
+
+    ``texts`` has what was read above each capturing frame of the stack, lowest first, and last
+    what the terminal read if that captures.
+    """
+
+    terminal: Terminal
+    state: int
+    count: int
+    texts: tuple[bytes, ...]
+    stack: Stack | None
+
+
+class Resumption(NamedTuple):
+    """A stack whose top is to be resumed: with these labels, ``texts`` of its capturing frames
+    and ``text`` of the terminal that was left. Without a stack the whole text was read.
+    """
+
+    stack: Stack | None
+    labels: int
+    texts: tuple[bytes, ...]
+    text: bytes | None
+
+
+class State:
+    """A set of threads, and whether what was read is a whole text (``finished``)."""
+
+    __slots__ = ("_hash", "finished", "threads")
+
+    def __init__(self, threads: frozenset[Thread], finished: bool) -> None:
+        self.threads = threads
+        self.finished = finished
+        self._hash = hash((threads, finished))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, State):
+            return NotImplemented
+        return (
+            self._hash == other._hash
+            and self.finished == other.finished
+            and self.threads == other.threads
+        )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return State, (self.threads, self.finished)
+
+    def __repr__(self) -> str:
+        return f"State({set(self.threads)}, finished={self.finished})"
+
+
+Entry: TypeAlias = tuple[Terminal | None, Stack | None]  # as ``Frame.resume`` returns them
+
+
+class Automaton(Protocol):
+    """A grammar: where its texts begin."""
+
+    def start(self) -> State | None:
+        """The state before the first byte; None if no text is legal."""
+        ...
+
+
+def enter(entries: Iterable[Entry]) -> State | None:
+    """The state that begins with any of these terminals on their stacks; None without one."""
+    return settle(opened for terminal, stack in entries for opened in _open(terminal, stack, ()))
+
+
+def step(state: State, byte: int) -> State | None:
+    """The state after one more byte; None if no legal text continues so.
+
+    >>> from refllm.decode.grammar.dfa_builders import literal
+    >>> state = enter([(Terminal(literal(b"ab", size=256)), None)])
+    >>> accepting(step(step(state, 97), 98)), step(state, 98)
+    (True, None)
+    """
+    return settle(moved for thread in state.threads if (moved := _move(thread, byte)) is not None)
+
+
+def accepting(state: State) -> bool:
+    """Whether the bytes read are a whole text of the grammar."""
+    return state.finished
+
+
+def settle(waiting: Iterable[Thread | Resumption]) -> State | None:
+    """The state of these threads and of all that follow them without reading a byte; None in
+    place of a state without threads that does not accept.
+
+    Raises
+    ------
+    GrammarError
+        if there are more than ``MAX_THREADS``: the grammar is left-recursive, or too ambiguous.
+    """
+    stack = list(waiting)
+    found: set[Thread | Resumption] = set()
+    finished = False
+    while stack:
+        item = stack.pop()
+        if item in found:
+            continue
+        found.add(item)
+        if len(found) > MAX_THREADS:
+            raise GrammarError(
+                f"the grammar can be parsed in more than {MAX_THREADS} ways at once: it is "
+                "left-recursive or too ambiguous"
+            )
+        if isinstance(item, Thread):
+            labels = item.terminal.accepted(item.state, item.count)
+            if labels:
+                stack.append(leave(item, labels))
+        elif item.stack is None:
+            finished = True
+        else:
+            stack.extend(_resume(item))
+    threads = frozenset(item for item in found if isinstance(item, Thread) and _continues(item))
+    if not threads and not finished:
+        return None
+    return State(threads, finished)
+
+
+def leave(thread: Thread, labels: int) -> Resumption:
+    """What remains to be done when ``thread`` leaves its terminal with these labels."""
+    texts = thread.texts
+    text = None
+    if thread.terminal.capture:
+        text = texts[-1]
+        texts = texts[:-1]
+    return Resumption(thread.stack, labels, texts, text)
+
+
+def _continues(thread: Thread) -> bool:
+    """Whether the terminal can read another byte."""
+    dfa = thread.terminal.dfa
+    allowed = thread.terminal.allowed
+    return any(dfa.reachable_labels(state) & allowed for state in dfa.successors[thread.state])
+
+
+def _move(thread: Thread, byte: int) -> Thread | None:
+    """The thread after one more byte of its terminal; None if it dies."""
+    terminal, state, count, texts, stack = thread
+    if terminal.counted:
+        assert terminal.increments is not None
+        count += int(terminal.increments[state, byte])
+    state = terminal.dfa.step(state, byte)
+    if not terminal.alive(state, count):
+        return None
+    if texts:
+        texts = tuple(text + bytes([byte]) for text in texts)
+    return Thread(terminal, state, count, texts, stack)
+
+
+def _open(
+    terminal: Terminal | None, stack: Stack | None, texts: tuple[bytes, ...]
+) -> Iterator[Thread | Resumption]:
+    """The thread at the start of ``terminal``, with empty texts for the frames pushed with it;
+    a resumption where there is no terminal; nothing where the terminal accepts no text.
+    """
+    capturing = 0 if stack is None else stack.captures
+    texts = texts[:capturing] + (b"",) * (capturing - len(texts))
+    if terminal is None:
+        yield Resumption(stack, 1, texts, None)
+        return
+    if terminal.capture:
+        texts = (*texts, b"")
+    if terminal.alive(terminal.dfa.start, 0):
+        yield Thread(terminal, terminal.dfa.start, 0, texts, stack)
+
+
+def _resume(item: Resumption) -> Iterator[Thread | Resumption]:
+    """What may follow when the top of the stack is resumed."""
+    stack, labels, texts, text = item
+    assert stack is not None
+    if stack.frame.captures:
+        text = texts[-1]
+        texts = texts[:-1]
+    for terminal, following in stack.frame.resume(labels, text, stack.below):
+        yield from _open(terminal, following, texts)
