@@ -125,19 +125,21 @@ class LogprobsRecorder:
     """Collects the log-probabilities of a static batch of ``sequences`` while it is generated.
 
     ``logprobs`` and ``prompt_logprobs`` are numbers of tokens, or None; ``outputs[b]`` and
-    ``prompts[b]`` have an entry per token.
+    ``prompts[b]`` have an entry per token; those of prompt tokens before ``prompt_start`` are
+    None, as that of the first token always is.
     """
 
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     mode: str = "raw_logprobs"
     sequences: int = 1
+    prompt_start: int = 0
     outputs: list[list[TokenLogprobs]] = field(init=False)
     prompts: list[PromptLogprobs] = field(init=False)
 
     def __post_init__(self) -> None:
         self.outputs = [[] for _ in range(self.sequences)]
-        self.prompts = [[None] for _ in range(self.sequences)]
+        self.prompts = [[None] * max(1, self.prompt_start) for _ in range(self.sequences)]
 
     def add_prompt(
         self,
@@ -152,7 +154,11 @@ class LogprobsRecorder:
         """
         if self.prompt_logprobs is None:
             return
-        targets = prompt[start + 1 : start + 1 + int(hidden.shape[0])]
+        del self.prompts[b][max(1, len(prompt)) :]  # ``prompt_start`` may lie behind the prompt
+        skipped = min(max(0, self.prompt_start - 1 - start), int(hidden.shape[0]))
+        hidden = hidden[skipped:]
+        first = start + skipped + 1
+        targets = prompt[first : first + int(hidden.shape[0])]
         self.prompts[b] += prompt_logprobs(logits, hidden, targets, self.prompt_logprobs)
 
     def add(

@@ -14,12 +14,16 @@ Source: the fields of these names in vLLM's ``SamplingParams`` (vllm/sampling_pa
 | ``include_stop_str_in_output`` | the stop string, end token or stop token stays in the output|
 | ``logprobs``                   | log-probabilities of each sampled token and the k best      |
 | ``prompt_logprobs``            | the same of each token of the prompt                        |
+| ``prompt_logprobs_start``      | from this position of the prompt on; what lies before may be|
+|                                | read from a prefix cache                                    |
 | ``logprobs_mode``              | before or after the logits processors: ``decode.logprobs``  |
 
 Differences to vLLM: the token that ended an output is part of ``tokens`` only with
 ``include_stop_str_in_output`` (its log-probability always comes); ``logprobs_mode`` is
 chosen per request; of several stop strings the first that is complete counts, not the first of
 the list.
+
+``prompt_logprobs_start`` is SGLang's ``logprob_start_len``.
 
 Left out: ``detokenize``, ``skip_special_tokens``, ``allowed_token_ids``.
 """
@@ -51,6 +55,7 @@ class OutputOptions(TypedDict, total=False):
     include_stop_str_in_output: bool
     logprobs: int | None
     prompt_logprobs: int | None
+    prompt_logprobs_start: int
     logprobs_mode: str
 
 
@@ -73,6 +78,7 @@ class OutputParams:
     include_stop_str_in_output: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    prompt_logprobs_start: int = 0
     logprobs_mode: str = "raw_logprobs"
 
     def __post_init__(self) -> None:
@@ -81,6 +87,11 @@ class OutputParams:
         _check_mode(self.logprobs_mode)
         if not is_token(self.min_tokens):
             raise InputError(f"min_tokens must be an integer, 0 or more, got {self.min_tokens!r}")
+        if not is_token(self.prompt_logprobs_start):
+            raise InputError(
+                "prompt_logprobs_start must be a position of the prompt, 0 or more, got "
+                f"{self.prompt_logprobs_start!r}"
+            )
         # plain values: nothing of the caller's own classes is used within a step
         vars(self).update(
             stop=_strings(self.stop),
@@ -90,6 +101,7 @@ class OutputParams:
             include_stop_str_in_output=bool(self.include_stop_str_in_output),
             logprobs=None if self.logprobs is None else index(self.logprobs),
             prompt_logprobs=None if self.prompt_logprobs is None else index(self.prompt_logprobs),
+            prompt_logprobs_start=index(self.prompt_logprobs_start),
             logprobs_mode=str.__str__(self.logprobs_mode),
         )
 
@@ -102,7 +114,13 @@ class OutputParams:
         """What collects the log-probabilities of a static batch; None if none are asked for."""
         if not self.asks_for_logprobs:
             return None
-        return LogprobsRecorder(self.logprobs, self.prompt_logprobs, self.logprobs_mode, sequences)
+        return LogprobsRecorder(
+            self.logprobs,
+            self.prompt_logprobs,
+            self.logprobs_mode,
+            sequences,
+            self.prompt_logprobs_start,
+        )
 
 
 def _check_logprobs(name: str, count: int | None) -> None:

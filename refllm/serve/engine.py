@@ -331,7 +331,7 @@ class Engine(EngineStats):
         for state in self._requests.values():
             known = state.output.prompt_logprobs
             if known is not None and len(known) < len(state.request.prompt):
-                del known[1:]
+                del known[max(1, state.request.output.prompt_logprobs_start) :]
 
     def _expire(self) -> None:
         """End the requests whose time is over; the updates say so at the end of the step."""

@@ -130,10 +130,12 @@ class ModelRunner:
                 tokens += [*sequence.tokens, *sequence.drafts][start : start + count]
                 positions += range(start, start + count)
             if samples != count and sequence.request.output.prompt_logprobs is not None:
-                first = len(tokens) - count
+                skipped = max(0, sequence.request.output.prompt_logprobs_start - 1 - start)
+                first = len(tokens) - count + skipped
+                begin = start + skipped
                 last = min(start + count, len(sequence.request.prompt) - 1)  # exclusive
-                if start < last:
-                    scored.append((sequence, start, range(first, first + last - start)))
+                if begin < last:
+                    scored.append((sequence, begin, range(first, first + last - begin)))
             rows += range(len(tokens) - samples, len(tokens))
         for first, start, count in _padding(plan):
             tables.append(_PlannedTable((first,), 0, start))

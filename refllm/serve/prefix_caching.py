@@ -63,11 +63,13 @@ class HashKVManager(PagedKVManager):
     def _find(self, sequence: Sequence) -> list[int]:
         """The cached blocks of the longest prefix. RequestFailure if the hasher raises."""
         keys = self._keys.setdefault(sequence, [])
-        if not reads_prefixes(sequence):
+        findable = readable_length(sequence)
+        if not findable:
             return []
         request = sequence.request
         try:
-            return self.cache.match(sequence.tokens, salt=request.salt, keys=keys)
+            tokens = sequence.tokens[: findable + 1]  # the last token of them is never found
+            return self.cache.match(tokens, salt=request.salt, keys=keys)
         except Exception as error:
             raise RequestFailure(request.request_id, "prefix", error) from error
 
@@ -254,16 +256,23 @@ class RadixKVManager(PagedKVManager):
             assert first == _pages(_path_slots(node), b)
 
 
-def reads_prefixes(sequence: Sequence) -> bool:
-    """Whether a sequence may begin with cached tokens. Log-probabilities of a prompt need the
-    logits of each of its tokens, so all of them are computed, as in vLLM.
+def readable_length(sequence: Sequence) -> int:
+    """How many tokens a sequence may take from a cache: never the last one, which gives logits.
+
+    The log-probability of a prompt token needs the logits of the token before it, so of a
+    prompt with ``prompt_logprobs`` only what lies before that may be taken: without a
+    ``prompt_logprobs_start`` nothing, as in vLLM.
     """
-    return sequence.request.output.prompt_logprobs is None
+    output = sequence.request.output
+    most = len(sequence.tokens) - 1
+    if output.prompt_logprobs is None:
+        return most
+    return min(most, max(0, output.prompt_logprobs_start - 1))
 
 
 def _findable(sequence: Sequence) -> list[int]:
-    """The tokens that may be taken from the tree: never the last one, which gives logits."""
-    return sequence.tokens[:-1] if reads_prefixes(sequence) else []
+    """The tokens that may be taken from the tree."""
+    return sequence.tokens[: readable_length(sequence)]
 
 
 def _pages(slots: list[int], page: int) -> list[int]:

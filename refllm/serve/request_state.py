@@ -174,7 +174,8 @@ class RequestState:
         self.clock = clock
         self.output = RequestOutput(request, submitted_at=clock())
         if request.output.prompt_logprobs is not None:
-            self.output.prompt_logprobs = [None]
+            start = min(request.output.prompt_logprobs_start, len(request.prompt))
+            self.output.prompt_logprobs = [None] * max(1, start)
         # no text, and no log-probabilities, before the end
         self._quiet = callback is None and not request.stop and not self.streams_logprobs
         self._make_drafter = make_drafter

@@ -142,6 +142,26 @@ def test_prompt_logprobs_are_those_of_a_full_forward(chunk, rows, monkeypatch):
     assert alone.logprobs is None
 
 
+@pytest.mark.parametrize("chunk", [256, 3])
+@pytest.mark.parametrize("start", [0, 1, 2, 5, 7, 9])
+def test_prompt_logprobs_from_a_start_are_the_same_without_those_before(start, chunk, monkeypatch):
+    monkeypatch.setattr("refllm.decode.generate.PREFILL_TOKENS", chunk)
+    prompts = [[1, 2, 3, 1, 2, 9, 9], [4], [5, 6, 7]]
+    whole = MODEL.generate_batch(prompts, 1, prompt_logprobs=2, details=True)
+    found = MODEL.generate_batch(
+        prompts, 1, prompt_logprobs=2, prompt_logprobs_start=start, details=True
+    )
+    for one, other, prompt in zip(found, whole, prompts, strict=True):
+        first = min(max(1, start), len(prompt))
+        assert len(one.prompt_logprobs) == len(prompt)
+        assert one.prompt_logprobs[:first] == [None] * first
+        for entry, expected in zip(
+            one.prompt_logprobs[first:], other.prompt_logprobs[first:], strict=True
+        ):
+            assert [*entry] == [*expected]
+            assert all(abs(entry[t].logprob - expected[t].logprob) <= 1e-12 for t in entry)
+
+
 @given(seed=seeds)
 def test_processed_logprobs_are_of_the_distribution_that_is_drawn_from(xp, seed):
     z = np.random.default_rng(seed).standard_normal((3, 9))

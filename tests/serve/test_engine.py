@@ -63,6 +63,7 @@ def some_request(rng: random.Random, name: int) -> Request:
     sampling["include_stop_str_in_output"] = rng.random() < 0.3
     sampling["logprobs"] = rng.choice([None, 0, 2])
     sampling["prompt_logprobs"] = rng.choice([None, None, 1])
+    sampling["prompt_logprobs_start"] = rng.choice([0, 0, 2, len(prompt) // 2, len(prompt) + 1])
     n = rng.choice([1, 1, 1, 3])
     return Request(
         prompt,
@@ -111,14 +112,15 @@ def check_logprobs(request: Request, expected: list[int], found: Any) -> None:
 
 
 def check_prompt_logprobs(request: Request, found: Any) -> None:
-    """The same of each token of the prompt but the first."""
+    """The same of each token of the prompt from ``prompt_logprobs_start`` on, but the first."""
     k = request.output.prompt_logprobs
     if k is None:
         assert found is None
         return
-    assert found[0] is None
     assert len(found) == len(request.prompt)
-    for i, entry in enumerate(found[1:], 1):
+    start = min(len(found), max(1, request.output.prompt_logprobs_start))
+    assert found[:start] == [None] * start
+    for i, entry in enumerate(found[start:], start):
         check_entry(entry, request.prompt[i], tuple(request.prompt[:i]), k)
 
 

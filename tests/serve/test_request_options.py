@@ -222,6 +222,27 @@ def test_prompt_logprobs_do_not_read_the_prefix_cache(cache):
     engine.check()
 
 
+@pytest.mark.parametrize("cache", ["hash", "radix"])
+@pytest.mark.parametrize("start", [0, 1, 4, 5, 6, len(PROMPT) - 1, len(PROMPT), 99])
+def test_prompt_tokens_before_the_start_of_their_logprobs_are_read_from_the_cache(cache, start):
+    """The logits before position ``start`` are needed, those before that are not."""
+    engine = Engine(MODEL, num_blocks=40, block_size=4, prefix_cache=cache, poison=True)
+    engine.submit(Request(PROMPT, 2))
+    engine.run()
+    scored = engine.submit(Request(PROMPT, 1, prompt_logprobs=0, prompt_logprobs_start=start))
+    before = engine.computed_tokens
+    found = engine.run()[scored].prompt_logprobs
+    cached = min(max(0, start - 1), len(PROMPT) - 1) // 4 * 4
+    assert engine.computed_tokens - before == len(PROMPT) - cached
+    first = min(max(1, start), len(PROMPT))
+    assert found[:first] == [None] * first
+    assert len(found) == len(PROMPT)
+    for i in range(first, len(PROMPT)):
+        log_p = log_softmax(last_logits(tuple(PROMPT[:i])))
+        assert abs(found[i][PROMPT[i]].logprob - log_p[PROMPT[i]]) <= 1e-12
+    engine.check()
+
+
 def test_prompt_logprobs_survive_preemption_and_come_once():
     asked = Request(PROMPT, 9, n=2, prompt_logprobs=1, ignore_eos=True, request_id="r", seed=1)
     result = served(asked, long_prefill=3)
