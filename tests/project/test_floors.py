@@ -29,6 +29,7 @@ FLOORS = [
     ["decode"],
     ["api"],
     ["serve"],
+    ["lang"],
     ["simulate"],
     ["terminal"],
     ["measure"],
