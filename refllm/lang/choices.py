@@ -4,13 +4,13 @@ of their tokens.
 Source: SGLang's ``choices_method`` (python/sglang/lang/choices.py); the third rule is the
 "unconditional likelihood" of Gao, "Multiple Choice Normalization in LM Evaluation" (2021).
 
-| rule                                  | the choice with the largest                         |
-|---------------------------------------|-----------------------------------------------------|
-| ``token_length_normalized``           | mean of log p(token | text, tokens before it)       |
-| ``greedy_token_selection``            | log p of its first token; of equal ones the second, |
-|                                       | … A choice that has ended counts on with its mean   |
-| ``unconditional_likelihood_normalized``| mean of log p(token | text, …) − log p(token | …):  |
-|                                       | what the text adds to the choice alone              |
+| rule                                  | the choice with the largest                        |
+|---------------------------------------|----------------------------------------------------|
+| ``token_length_normalized``           | mean of log p(token | text, tokens before it)      |
+| ``greedy_token_selection``            | log p of its first token; of equal ones the second |
+|                                       | … A choice that has ended counts on with its mean  |
+| ``unconditional_likelihood_normalized`` | mean of log p(token | text, …) − log p(token | …): |
+|                                       | what the text adds to the choice alone             |
 
 The mean makes choices of unequal length comparable, and prefers those whose later tokens are
 forced by the earlier ones. The greedy rule follows the tokens that greedy decoding would take,

@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from refllm.decode.completion import CompletionOutput
@@ -176,8 +177,8 @@ class State:
 
         known = dict(self._values)
         branches = [State(self.runtime, here) for _ in range(count)]
-        for branch in branches:
-            branch._values = dict(known)
+        for state in branches:
+            state._values = dict(known)
         self._do(share, [here])
         return Branches(self, branches)
 
@@ -186,22 +187,30 @@ class State:
     def _append(self, parts: Sequence[str | Part]) -> None:
         for part in parts:
             if isinstance(part, str):
-                self._do(lambda text=part: self._prompt.append(text))  # type: ignore[misc]
+                self._do(partial(self._write, part))
             elif isinstance(part, Joined):
                 self._append(part.parts)
             elif isinstance(part, Role):
-                self._do(lambda role=part.role: self._prompt.begin(role))  # type: ignore[misc]
+                self._do(partial(self._begin, part.role))
                 self._append(parts_of(part.content))
-                self._do(self._prompt_end)
+                self._do(self._end)
             elif isinstance(part, (Gen, Select)):
                 value: Future[Any] = Future()
                 if part.name is not None:
                     self._values[part.name] = value
-                self._do(lambda part=part, value=value: self._run(part, value), [value])  # type: ignore[misc]
+                self._do(partial(self._run, part, value), [value])
             else:
                 raise TypeError(f"a state does not know {part!r}")
 
-    def _prompt_end(self) -> None:
+    # ``_prompt`` is another one after ``_adopt``: it is looked up when the work is done
+
+    def _write(self, text: str) -> None:
+        self._prompt.append(text)
+
+    def _begin(self, role: str) -> None:
+        self._prompt.begin(role)
+
+    def _end(self) -> None:
         self._prompt.end()
 
     def _run(self, part: Gen | Select, value: Future[Any]) -> None:
@@ -267,17 +276,17 @@ class Branches(Sequence[State]):
     def __getitem__(self, key: Any) -> Any:
         """A branch by its place; or, by a name, the list of the branches' texts."""
         if isinstance(key, str):
-            return [branch[key] for branch in self.states]
+            return [state[key] for state in self.states]
         return self.states[key]
 
     def join(self) -> Mapping[str, list[Any]]:
         """Wait for all branches. What all of them have named since the fork is the parent's
         from now on, as a list in the branches' order, and is returned.
         """
-        for branch in self.states:
-            branch.wait()
+        for state in self.states:
+            state.wait()
         names = [name for name in self.states[0].names if name not in self._known]
-        shared = [name for name in names if all(name in branch for branch in self.states)]
+        shared = [name for name in names if all(name in state for state in self.states)]
         gathered = {name: self[name] for name in shared}
         for name, values in gathered.items():
             self.parent[name] = values
