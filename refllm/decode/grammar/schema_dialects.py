@@ -1,7 +1,8 @@
 """The dialects of JSON Schema: which keywords each of them has.
 
-A schema names its dialect in ``$schema``. One that names none, or one that is not known here, is
-read as draft 2020-12. A schema inside another one may name a dialect of its own.
+A schema names its dialect in ``$schema``. One that names none is read as draft 2020-12, and so is
+one with an unknown URI of json-schema.org (a misspelled one, mostly). A schema inside another one
+may name a dialect of its own.
 
 | dialect | URI | what differs from its successor |
 |---|---|---|
@@ -14,13 +15,14 @@ read as draft 2020-12. A schema inside another one may name a dialect of its own
 Sources: the specifications at https://json-schema.org/specification-links. Where they leave a
 choice, the one of the ``jsonschema`` library (``_keywords.py``, ``_legacy_keywords.py``).
 
-Left out: draft 3, which is rejected, and vocabularies of one's own (``$vocabulary``).
+Left out: draft 3 and meta-schemas of one's own (``$vocabulary``), which are rejected.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 
 def words(text: str) -> frozenset[str]:
@@ -104,12 +106,18 @@ URIS: Mapping[str, str] = {  # without an empty fragment
 
 
 def dialect_named(uri: object, otherwise: Dialect) -> Dialect | None:
-    """The dialect of a ``$schema``, ``otherwise`` where it is unknown; None for draft 3.
+    """The dialect of a ``$schema``, ``otherwise`` without one; None for one that is not known.
 
     >>> dialect_named("http://json-schema.org/draft-07/schema#", NEWEST).name
     'draft-07'
-    >>> dialect_named("https://example.com/mine", NEWEST).name
+    >>> dialect_named("https://json-schema.org/draft-07/schema", NEWEST).name  # not its URI
     '2020-12'
+    >>> dialect_named("https://example.com/mine", NEWEST) is None
+    True
     """
-    name = URIS.get(uri.removesuffix("#")) if isinstance(uri, str) else None
-    return otherwise if name is None else DIALECTS.get(name)
+    if not isinstance(uri, str):
+        return otherwise
+    name = URIS.get(uri.removesuffix("#"))
+    if name is None:
+        return otherwise if urlsplit(uri).hostname == "json-schema.org" else None
+    return DIALECTS.get(name)

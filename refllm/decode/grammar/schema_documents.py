@@ -172,7 +172,14 @@ class SchemaDocument:
         dynamic = keyword != "$ref" and self._dynamic.get(base, {}).get(name) == target
         if dynamic:
             target = dict(location.scope).get(name, target)
-        return self.locate(target, location.dialect, location.scope)
+        try:
+            return self.locate(target, location.dialect, location.scope)
+        except GrammarError as error:
+            raise GrammarError(
+                f"{keyword} {reference!r} at {location}: {error}",
+                keyword=keyword,
+                pointer=location.pointer,
+            ) from None
 
     def _target(self, location: SchemaLocation, keyword: str, reference: str) -> tuple[str, str]:
         """(base URI, pointer) of a reference, dynamic scope left out."""
@@ -226,7 +233,8 @@ class SchemaDocument:
         found = dialect_named(schema.get("$schema"), outer)
         if found is None:
             raise GrammarError(
-                f"$schema at {pointer} names draft 3: use draft 4 or a later one",
+                f"$schema {schema['$schema']!r} at {pointer} is none of "
+                f"{', '.join(DIALECTS)}: name one of them",
                 keyword="$schema",
                 pointer=pointer,
             )
