@@ -33,6 +33,7 @@ from refllm.checkpoints.chat_template_tokens import ChatTokenizer
 from refllm.checkpoints.sources import BUNDLED, bundled, locate
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.decode.completion import CompletionOutput, OutputReader, output_rules
+from refllm.decode.constraint import Constraint, check_constraint
 from refllm.decode.conversation import ANSWER_TOKENS, Conversation
 from refllm.decode.generate import check_max_tokens, generate_tokens
 from refllm.decode.output_params import (
@@ -197,6 +198,8 @@ class Model:
         rng: np.random.Generator | int | None = None,
         drafter: Drafter | Model | None = None,
         cache: CachePolicy | None = None,
+        grammar: Constraint | None = None,
+        jump_forward: bool = False,
         **shorthand: Unpack[GenerateOptions],
     ) -> Any:
         """Continue ``prompt`` by at most ``max_tokens`` tokens and return the new part alone:
@@ -223,15 +226,24 @@ class Model:
         the tokens. What attention reads then depends on where steps begin, so a drafter may
         change the text too. A policy that evicts at random draws from ``rng``, also at
         temperature 0.
+
+        With a ``grammar`` (``refllm.decode.grammar.compile(…)``, or any ``decode.constraint``)
+        only tokens that it allows are sampled: the output is one of its texts, or the beginning
+        of one where ``max_tokens`` cuts it off (``finish_reason`` ``"length"``). With
+        ``jump_forward`` what the grammar forces is appended without sampling, which saves forward
+        passes and changes the distribution (``decode.jump_forward``).
         """
-        run = _Run(self, "generate", max_tokens, sampling, output, shorthand)
+        run = _Run(self, "generate", max_tokens, sampling, output, shorthand, [grammar])
         if run.params.asks_for_logprobs and not details:
             raise InputError("log-probabilities are part of the details: pass details=True")
         ids = self._prompt_ids(prompt, max_tokens, truncate_prompt_tokens)
         # Only stop strings need the text while it grows.
         reader = run.reader(self.tokenizer if run.params.stop else None)
         generator = as_generator(rng)
-        for token in self._tokens(ids, max_tokens, run, generator, drafter, cache=cache):
+        tokens = self._tokens(
+            ids, max_tokens, run, generator, drafter, cache=cache, jump_forward=jump_forward
+        )
+        for token in tokens:
             if reader.push(token).finish_reason is not None:
                 break
         else:
@@ -252,18 +264,22 @@ class Model:
         details: bool = False,
         rng: np.random.Generator | int | None = None,
         cache: CachePolicy | None = None,
+        grammar: Constraint | Sequence[Constraint | None] | None = None,
         **shorthand: Unpack[GenerateOptions],
     ) -> list[Any]:
         """The new tokens of B token prompts in one static batch, or their
-        ``CompletionOutput``s; parameters are those of ``generate``.
+        ``CompletionOutput``s; parameters are those of ``generate``. ``grammar`` is one for all
+        prompts, or a list with one, or None, for each.
         """
         prompts = _token_lists(prompts)
-        run = _Run(self, "generate_batch", max_tokens, sampling, output, shorthand, len(prompts))
+        grammars = _one_each(grammar, len(prompts))
+        run = _Run(self, "generate_batch", max_tokens, sampling, output, shorthand, grammars)
         if run.params.asks_for_logprobs and not details:
             raise InputError("log-probabilities are part of the details: pass details=True")
         tokenizer = self.tokenizer if run.params.stop else None
         readers = [run.reader(tokenizer, b) for b in range(len(prompts))]
         rng = as_generator(rng)
+        ended: set[int] = set()
         for step in generate_tokens(
             self.weights,
             self.config,
@@ -274,11 +290,12 @@ class Model:
             cache,
             run.processors,
             run.recorder,
+            ended=ended,
         ):
-            running = [b for b, reader in enumerate(readers) if reader.finish_reason is None]
-            for b in running:
-                readers[b].push(step[b])
-            if all(reader.finish_reason for reader in readers):
+            for b, reader in enumerate(readers):
+                if b not in ended and reader.push(step[b]).finish_reason is not None:
+                    ended.add(b)
+            if len(ended) == len(readers):
                 break
         for reader in readers:
             if reader.finish_reason is None:
@@ -301,6 +318,8 @@ class Model:
         drafter: Drafter | Model | None = None,
         on_step: Callable[[SpeculativeStep], object] | None = None,
         cache: CachePolicy | None = None,
+        grammar: Constraint | None = None,
+        jump_forward: bool = False,
         **shorthand: Unpack[GenerateOptions],
     ) -> Iterator[Any]:
         """Yield the new text piece by piece: complete characters only, never a part of a stop
@@ -312,10 +331,12 @@ class Model:
         it. With a ``drafter``, ``on_step`` is called with every step of the target: the
         drafted tokens, and how many were accepted.
         """
-        run = _Run(self, "stream", max_tokens, sampling, output, shorthand)
+        run = _Run(self, "stream", max_tokens, sampling, output, shorthand, [grammar])
         ids = self._prompt_ids(prompt, max_tokens, truncate_prompt_tokens)
         reader = run.reader(self.tokenizer)
-        tokens = self._tokens(ids, max_tokens, run, as_generator(rng), drafter, on_step, cache)
+        tokens = self._tokens(
+            ids, max_tokens, run, as_generator(rng), drafter, on_step, cache, jump_forward
+        )
         return _read(tokens, reader, details, on_token)
 
     # --- chat -------------------------------------------------------------------------------
@@ -415,6 +436,7 @@ class Model:
         drafter: Drafter | Model | None,
         on_step: Callable[[SpeculativeStep], object] | None = None,
         cache: CachePolicy | None = None,
+        jump_forward: bool = False,
     ) -> Iterator[int]:
         """New tokens of one prompt, one by one; a step that accepts drafts yields several in
         a row. The arguments are checked at the call.
@@ -444,7 +466,7 @@ class Model:
             rng,
             drafter,
             policy=cache,
-            processors=run.processors,
+            processors=run.processors[0],
             recorder=run.recorder,
         )
         return _tokens_of(steps, on_step)
@@ -501,22 +523,25 @@ class _Run:
         sampling: SamplingParams | None,
         output: OutputParams | None,
         shorthand: GenerateOptions,
-        sequences: int = 1,
+        grammars: Sequence[Constraint | None],
     ):
         own = _parameters(caller) if shorthand else ()
         self.sampling, self.params = split_options(sampling, output, shorthand, caller, own)
         check_min_tokens(self.params, max_tokens)
-        rules = output_rules(self.params, self.sampling, model)
-        self.stops = rules.stop_tokens
-        self.processors = rules.processors
-        self.recorder = self.params.recorder(sequences)
+        for grammar in grammars:
+            check_constraint(grammar)
+        rules = [output_rules(self.params, self.sampling, model, one) for one in grammars]
+        self.stops = output_rules(self.params, self.sampling, model).stop_tokens
+        self.processors = [one.processors for one in rules]
+        self.recorder = self.params.recorder(len(grammars))
 
     def reader(self, tokenizer: Tokenizer | None, b: int = 0) -> OutputReader:
         """What reads the tokens of sequence ``b``."""
         recorded = None
         if self.recorder is not None and self.params.logprobs is not None:
             recorded = self.recorder.outputs[b]
-        return OutputReader(self.params, self.stops, tokenizer, recorded)
+        constraint = self.processors[b].constraint
+        return OutputReader(self.params, self.stops, tokenizer, recorded, constraint)
 
     def details(self, b: int, reader: OutputReader, tokenizer: Tokenizer) -> CompletionOutput:
         """The whole output of sequence ``b``."""
@@ -524,6 +549,17 @@ class _Run:
         if self.recorder is not None and self.params.prompt_logprobs is not None:
             found = replace(found, prompt_logprobs=self.recorder.prompts[b])
         return found
+
+
+def _one_each(
+    grammar: Constraint | Sequence[Constraint | None] | None, count: int
+) -> list[Constraint | None]:
+    """A grammar for each of ``count`` prompts."""
+    if grammar is None or not isinstance(grammar, (list, tuple)):
+        return [grammar] * count  # type: ignore[list-item]  # one for all
+    if len(grammar) != count:
+        raise InputError(f"{count} prompts need as many grammars, or one, got {len(grammar)}")
+    return list(grammar)
 
 
 def _token_lists(prompts: Sequence[Sequence[int]] | Array) -> list[list[int]]:

@@ -23,6 +23,14 @@ class UnsupportedModel(InputError):
     """A configuration asks for something that refllm does not compute."""
 
 
+def message(error: BaseException) -> str:
+    """The message of an exception, whose class may be the caller's own."""
+    try:
+        return str(error)
+    except Exception:
+        return "(its message could not be read)"
+
+
 def alternatives(name: object, known: Iterable[str]) -> str:
     """The end of a sentence about an unknown name: what there is, and the nearest of it.
 

@@ -27,6 +27,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from refllm.decode.generate import check_prompts, generate_tokens
+from refllm.decode.logits_processors import LogitsProcessors
 from refllm.decode.sampling_params import SamplingParams
 from refllm.kv.contiguous import ContiguousCache
 from refllm.model.config import ModelConfig
@@ -54,9 +55,10 @@ class CachedSequence:
         max_tokens: int,
         sampling: SamplingParams,
         rng: np.random.Generator,
+        processors: LogitsProcessors | None = None,
     ) -> Iterator[int]:
         """Yield up to ``max_tokens`` tokens that continue a prompt; the sequence becomes the
-        prompt and what was yielded.
+        prompt and what was yielded. ``processors`` are those of ``sampling`` if there are none.
 
         ValueError for what ``generate_tokens`` rejects; the sequence stays as it was then.
         """
@@ -64,7 +66,14 @@ class CachedSequence:
         self.begin(prompt)
         self._reserve(len(prompt) + max_tokens)
         for (token,) in generate_tokens(
-            self.weights, self.config, [self.ids[:]], max_tokens, sampling, rng, cache=self.cache
+            self.weights,
+            self.config,
+            [self.ids[:]],
+            max_tokens,
+            sampling,
+            rng,
+            processors=processors,
+            cache=self.cache,
         ):
             self.ids.append(token)
             yield token

@@ -11,6 +11,8 @@ log-probabilities.
 | ``stop``      | None            | the model generated an end token                            |
 | ``stop``      | the stop token  | it generated one of ``stop_token_ids``                      |
 | ``stop``      | the stop string | its text reached one of ``stop``                            |
+| ``stop``      | None            | it is complete in its grammar: nothing but an end token may |
+|               |                 | follow, which is not sampled                                |
 | ``length``    | None            | it has ``max_tokens``                                       |
 
 The words are vLLM's; the engine has a few more (``serve.outputs``).
@@ -23,6 +25,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from refllm.checkpoints.tokenizer import Tokenizer
+from refllm.decode.constraint import Constraint, ConstraintStates
 from refllm.decode.detokenizer import StopStrings, Utf8Stream
 from refllm.decode.logits_processors import LogitsProcessors, with_token_ids
 from refllm.decode.logprobs import PromptLogprobs, TokenLogprobs
@@ -39,11 +42,18 @@ class OutputRules(NamedTuple):
     processors: LogitsProcessors
 
 
-def output_rules(params: OutputParams, sampling: SamplingParams, model: ModelLike) -> OutputRules:
+def output_rules(
+    params: OutputParams,
+    sampling: SamplingParams,
+    model: ModelLike,
+    grammar: Constraint | None = None,
+    sequences: int = 1,
+) -> OutputRules:
     """What ends an output of ``model``, and what changes its logits.
 
     ``min_tokens`` masks the end tokens also where ``ignore_eos`` lets them pass later, as vLLM
-    does. ValueError for a token outside the vocabulary, or a bad word without tokens.
+    does. A ``grammar`` constrains ``sequences`` outputs. ValueError for a token outside the
+    vocabulary, or a bad word without tokens.
     """
     assert params.stop_token_ids is not None
     ends = frozenset(model.config.eos_token_ids)
@@ -54,7 +64,15 @@ def output_rules(params: OutputParams, sampling: SamplingParams, model: ModelLik
             f"stop_token_ids: token {max(stops)} is outside the vocabulary of {vocabulary}"
         )
     sampling = with_token_ids(sampling, model.tokenizer)
-    processors = LogitsProcessors(sampling, params.min_tokens, ends | stops)
+    constraint = None
+    if grammar is not None:
+        if params.ignore_eos:
+            raise InputError(
+                "ignore_eos generates beyond the end of the text, and a grammar ends there: leave "
+                "one of them out"
+            )
+        constraint = ConstraintStates(grammar, vocabulary, ends, sequences)
+    processors = LogitsProcessors(sampling, params.min_tokens, ends | stops, constraint)
     processors.check_vocabulary(vocabulary)
     if params.ignore_eos:
         ends = frozenset()
@@ -82,7 +100,8 @@ class CompletionOutput:
     ``logprobs`` has an entry for each token that was sampled: one more than ``tokens`` where
     these end before an end or stop token. ``score`` is that of a beam. ``prompt_logprobs``
     are those of ``Model.generate``; the engine has them once for all continuations, in
-    ``RequestOutput``.
+    ``RequestOutput``. ``jumped_tokens`` counts the tokens that ``jump_forward`` appended, each
+    of which saves a forward pass.
     """
 
     index: int
@@ -93,6 +112,7 @@ class CompletionOutput:
     score: float | None = None
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: PromptLogprobs | None = None
+    jumped_tokens: int = 0
 
     @property
     def cumulative_logprob(self) -> float | None:
@@ -123,14 +143,17 @@ class OutputReader:
         stops: StopTokens,
         tokenizer: Tokenizer | None,
         recorded: list[TokenLogprobs] | None = None,
+        constraint: ConstraintStates | None = None,
     ):
         """``recorded`` has the log-probabilities of the tokens as they come. Without a
-        ``tokenizer`` chunks have no text, and ``params.stop`` must be empty.
+        ``tokenizer`` chunks have no text, and ``params.stop`` must be empty. A ``constraint``
+        ends the output where it is complete.
         """
         self.params = params
         self.stops = stops
         self.tokenizer = tokenizer
         self.recorded = recorded
+        self.constraint = constraint
         self.sampled = 0
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
@@ -149,6 +172,8 @@ class OutputReader:
         self.sampled += 1
         if self.stops.ends(token, self.sampled):
             return self._end(token)
+        if self._is_complete(token):
+            return self._complete(token)
         if self._characters is None or self._strings is None:
             return self._chunk("", [token])
         counts = self.sampled > self.params.min_tokens
@@ -186,6 +211,22 @@ class OutputReader:
         if self.tokenizer is not None:
             text += self.tokenizer.decode([token])
         return self._chunk(text, [token], "stop", reason)
+
+    def _is_complete(self, token: int) -> bool:
+        """Whether ``token`` makes the output complete, which may not be before ``min_tokens``."""
+        if self.constraint is None or self.sampled < self.params.min_tokens:
+            return False
+        return self.constraint.is_complete([*self.tokens, token])
+
+    def _complete(self, token: int) -> StreamChunk:
+        """The chunk of a token with which the output is complete in its grammar."""
+        if self._characters is None or self._strings is None:
+            return self._chunk("", [token], "stop")
+        stopping = self.sampled > self.params.min_tokens
+        text = self._strings.push(self._characters.push(token), stopping=stopping)
+        if not self._strings.stopped:
+            text += self._rest()[0]
+        return self._chunk(text, [token], "stop", self._strings.matched)
 
     def _rest(self) -> tuple[str, str | None]:
         """The text that is held back, up to a stop string, and which one."""

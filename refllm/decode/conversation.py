@@ -30,9 +30,10 @@ from refllm.checkpoints.chat_template import Message
 from refllm.checkpoints.chat_template_tokens import ChatTokenizer
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.decode.cached_sequence import CachedSequence
+from refllm.decode.constraint import Constraint, ConstraintStates, check_constraint
 from refllm.decode.detokenizer import Utf8Stream
 from refllm.decode.generate import check_max_tokens
-from refllm.decode.logits_processors import with_token_ids
+from refllm.decode.logits_processors import LogitsProcessors, with_token_ids
 from refllm.decode.sampling_params import GREEDY, SamplingParams
 from refllm.errors import InputError
 from refllm.model.config import ModelConfig
@@ -63,8 +64,8 @@ class Conversation:
     ``messages`` may be read and replaced; the next turn computes what differs. After a turn,
     ``reused`` and ``computed`` count the tokens of its prompt that were in the cache or not,
     ``dropped`` the messages that were left out for it, and ``finish`` says why the answer
-    ended: ``"stop"`` (an end token), ``"length"`` (``max_tokens``), ``"context"`` (no position
-    is left), ``"interrupted"``.
+    ended: ``"stop"`` (an end token, or a complete answer of its grammar), ``"length"``
+    (``max_tokens``), ``"context"`` (no position is left), ``"interrupted"``.
     """
 
     def __init__(
@@ -128,6 +129,7 @@ class Conversation:
         max_tokens: int = ANSWER_TOKENS,
         *,
         sampling: SamplingParams = GREEDY,
+        grammar: Constraint | None = None,
         on_prompt: Callable[[], object] | None = None,
         on_token: Callable[[int], object] | None = None,
     ) -> Generator[str, None, None]:
@@ -135,6 +137,7 @@ class Conversation:
 
         Message and answer join ``messages`` when the answer ends, or is ended: an answer that
         was interrupted joins up to there, one that never began leaves no message behind.
+        The whole answer is one of a ``grammar``, if there is one (``decode.constraint``).
         ``on_prompt`` is called before the prompt is computed, when ``reused``, ``computed``
         and ``dropped`` are known; ``on_token`` with each sampled token.
 
@@ -142,7 +145,13 @@ class Conversation:
         rejects; for an answer that goes on after another message was sent, or after a reset.
         """
         check_max_tokens(max_tokens)
+        check_constraint(grammar)
         sampling = with_token_ids(sampling, self.model.tokenizer)
+        ends = self.model.config.eos_token_ids
+        constraint = None
+        if grammar is not None:
+            constraint = ConstraintStates(grammar, self.model.config.vocab_size, ends)
+        processors = LogitsProcessors(sampling, constraint=constraint)
         chat, text, ids = self._prompt([*self.messages, {"role": "user", "content": content}])
         self._turn += 1
         turn = self._turn
@@ -151,14 +160,13 @@ class Conversation:
         answer: list[int] = []
         characters = Utf8Stream(self.model.tokenizer)
         self.finish = "interrupted"
-        ends = self.model.config.eos_token_ids
         if not ids:
             raise InputError("the chat template makes no text of the messages")
         self.sequence.begin(ids)
         if on_prompt is not None:
             on_prompt()
         try:
-            tokens = self.sequence.generate(ids, limit, sampling, self.rng)
+            tokens = self.sequence.generate(ids, limit, sampling, self.rng, processors)
             for token in tokens:
                 if on_token is not None:
                     on_token(token)
@@ -169,6 +177,9 @@ class Conversation:
                 if piece := characters.push(token):
                     yield piece
                     self._check_turn(turn)  # before anything is computed
+                if constraint is not None and constraint.is_complete(answer):
+                    self.finish = "stop"
+                    break
             else:
                 self.finish = "length" if limit < room else "context"
             if rest := characters.flush():

@@ -17,7 +17,7 @@ Left out: speculation (``decode.speculative.loop``), continuous batching and pag
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -47,9 +47,10 @@ def generate_tokens(
     sampling: SamplingParams,
     rng: np.random.Generator,
     policy: CachePolicy | None = None,
-    processors: LogitsProcessors | None = None,
+    processors: LogitsProcessors | Sequence[LogitsProcessors] | None = None,
     recorder: LogprobsRecorder | None = None,
     cache: Cache | None = None,
+    ended: Collection[int] = (),
 ) -> Iterator[list[int]]:
     """Yield ``max_tokens`` times the next token of each of the B prompts, as Python ints. The
     arguments are checked at the call, before the first token is asked for.
@@ -58,9 +59,11 @@ def generate_tokens(
     positions to the device and the chosen tokens back, and nothing else; sampling also
     moves its uniforms and checks. A cache ``policy`` keeps less than everything, which
     changes the output. ``processors`` are those of ``sampling``, unless they have end tokens
-    to mask. A ``recorder`` collects log-probabilities. A ``cache`` that holds the
-    first ``cache.lengths[b]`` tokens of prompt b is continued; it has room for the output,
-    and each prompt has at least one token more than it holds.
+    to mask or a grammar to follow; a list has those of each prompt. To sequences in ``ended``,
+    to which the caller may add while it iterates, they are not applied any more. A ``recorder``
+    collects log-probabilities. A ``cache`` that holds the first ``cache.lengths[b]`` tokens of
+    prompt b is continued; it has room for the output, and each prompt has at least one token more
+    than it holds.
 
     Raises
     ------
@@ -70,12 +73,24 @@ def generate_tokens(
     """
     check_prompts(prompts, max_tokens, config)
     policy = checked_policy(policy)
-    processors = processors or LogitsProcessors(sampling)
-    processors.check_vocabulary(config.vocab_size)
+    if processors is None or isinstance(processors, LogitsProcessors):
+        processors = [processors or LogitsProcessors(sampling)] * len(prompts)
+    for one in processors:
+        one.check_vocabulary(config.vocab_size)
     if max_tokens == 0:
         return iter(())
     return _generate(
-        weights, config, prompts, max_tokens, sampling, rng, policy, processors, recorder, cache
+        weights,
+        config,
+        prompts,
+        max_tokens,
+        sampling,
+        rng,
+        policy,
+        processors,
+        recorder,
+        cache,
+        ended,
     )
 
 
@@ -87,9 +102,10 @@ def _generate(
     sampling: SamplingParams,
     rng: np.random.Generator,
     policy: CachePolicy,
-    processors: LogitsProcessors,
+    processors: Sequence[LogitsProcessors],
     recorder: LogprobsRecorder | None,
     cache: Cache | None,
+    ended: Collection[int],
 ) -> Iterator[list[int]]:
     """``generate_tokens`` with arguments that were checked."""
     like = weights["norm"]
@@ -99,6 +115,7 @@ def _generate(
     outputs: list[list[int]] = [[] for _ in prompts]
     decode_step = make_decode_step(weights, config)
     counts = [1] * len(prompts)  # new tokens per sequence in a decode step
+    active = any(one.active for one in processors)
     tokens: list[int] = []
     for _ in range(max_tokens):
         if tokens:
@@ -107,8 +124,11 @@ def _generate(
         else:
             z = logits(weights, prefill(weights, config, prompts, cache, recorder))  # [B, V]
         raw = z
-        if processors.active:
-            rows = [Row(processors, p, o) for p, o in zip(prompts, outputs, strict=True)]
+        if active:
+            rows: list[Row | None] = [
+                None if b in ended else Row(processors[b], prompts[b], outputs[b])
+                for b in range(len(prompts))
+            ]
             z = process_rows(z, rows)
         tokens = choose_tokens(z, sampling, rng)
         if recorder is not None:

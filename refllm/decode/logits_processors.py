@@ -1,5 +1,5 @@
-"""What changes the logits of a request before temperature and filters: masks, biases, the
-user's own functions, penalties.
+"""What changes the logits of a request before temperature and filters: a grammar's mask, other
+masks, biases, the user's own functions, penalties.
 
 Sources: the order of application and the rules of ``min_tokens`` and ``bad_words``, vLLM's V1
 sampler (vllm/v1/sample/sampler.py, logits_processor/builtin.py, ops/bad_words.py, and
@@ -7,14 +7,21 @@ sampler (vllm/v1/sample/sampler.py, logits_processor/builtin.py, ops/bad_words.p
 
 | step | setting                                    | the logits z of the next token             |
 |------|--------------------------------------------|--------------------------------------------|
-| 1    | ``bad_words``                              | -inf for the last token of a word whose    |
+| 1    | ``grammar``                                | -inf for every token that may not follow   |
+|      |                                            | the output (``decode.constraint``)         |
+| 2    | ``bad_words``                              | -inf for the last token of a word whose    |
 |      |                                            | other tokens are the end of the output     |
-| 2    | ``min_tokens``                             | -inf for every end token and stop token    |
+| 3    | ``min_tokens``                             | -inf for every end token and stop token    |
 |      |                                            | while the output is shorter                |
-| 3    | ``logit_bias``                             | z + bias, for the tokens that have one     |
-| 4    | ``logits_processors``                      | f(output, z), or f(prompt, output, z)      |
-| 5    | ``repetition_penalty``                     | of tokens of prompt and output             |
-| 6    | ``frequency_penalty``, ``presence_penalty``| of tokens of the output                    |
+| 4    | ``logit_bias``                             | z + bias, for the tokens that have one     |
+| 5    | ``logits_processors``                      | f(output, z), or f(prompt, output, z)      |
+| 6    | ``grammar``                                | step 1 again, if there are any of step 5   |
+| 7    | ``repetition_penalty``                     | of tokens of prompt and output             |
+| 8    | ``frequency_penalty``, ``presence_penalty``| of tokens of the output                    |
+
+The user's functions see which tokens are legal, and cannot make another one legal: -inf stays
+-inf. Where steps 1 to 3 leave no token, the request ends with one sentence (``NoTokenLeft``): as
+where a grammar is complete before the output has ``min_tokens``.
 
 Temperature, top-k, top-p and min-p follow (``decode.sampling``).
 
@@ -30,6 +37,8 @@ verification stays lossless.
 Differences to vLLM: a bias is not clamped to ±100, penalties are not limited to ±2; a bad word
 may also be given as token ids.
 
+vLLM's raw log-probabilities are those after the grammar's mask; here they are before it.
+
 Left out: a list of allowed tokens, n-gram penalties, DRY.
 """
 
@@ -37,11 +46,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from refllm.backend import Array, asarray_like, namespace, scatter_add
 from refllm.checkpoints.tokenizer import Tokenizer
+from refllm.decode.constraint import (
+    ConstraintFailure,
+    ConstraintStates,
+    Mask,
+    NoTokenLeft,
+    count_legal,
+    stacked,
+)
 from refllm.decode.penalties import apply_count_penalties, apply_repetition_penalty
 from refllm.decode.sampling_params import SamplingParams
 from refllm.errors import InputError
@@ -50,7 +67,7 @@ from refllm.errors import InputError
 @dataclass(frozen=True)
 class LogitsProcessors:
     """The settings of one request that change logits. ``end_tokens`` are what ``min_tokens``
-    masks.
+    masks; ``constraint`` follows the request's grammar.
 
     >>> LogitsProcessors(SamplingParams(temperature=0.8)).active
     False
@@ -61,6 +78,7 @@ class LogitsProcessors:
     sampling: SamplingParams
     min_tokens: int = 0
     end_tokens: frozenset[int] = frozenset()
+    constraint: ConstraintStates | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if any(isinstance(word, str) for word in self.sampling.bad_words):
@@ -80,6 +98,7 @@ class LogitsProcessors:
             or s.bad_words
             or s.logits_processors
             or (self.min_tokens and self.end_tokens)
+            or self.constraint is not None
         )
 
     def check_vocabulary(self, vocabulary: int) -> None:
@@ -137,8 +156,8 @@ def process_rows(
 ) -> Array:
     """z[R, V] after the processors of each row, in a new array; None leaves a row alone.
 
-    An exception in a user's own processor is passed to ``on_error(row, error)``, and the row's
-    remaining processors of the user are skipped; without ``on_error`` it is raised.
+    An exception in a grammar or in a user's own processor is passed to ``on_error(row, error)``,
+    and the row's remaining processors of the user are skipped; without ``on_error`` it is raised.
 
     >>> import numpy as np
     >>> banned = LogitsProcessors(SamplingParams(bad_words=[(7, 2)], logit_bias={0: 1.5}))
@@ -150,8 +169,13 @@ def process_rows(
         return z
     index = asarray_like([i for i, _ in busy], z, "int64")
     part = z[index]  # a copy, [rows, V]
+    legal = _legal_tokens(busy, on_error)
+    part = _mask_illegal(part, legal)
     part = _mask_and_bias(part, [row for _, row in busy])
+    changed: dict[int, Mask] = {}  # rows of a grammar and of functions of the user
     for at, (i, row) in enumerate(busy):
+        if at in legal and row.processors.sampling.logits_processors:
+            changed[at] = legal[at]
         for function in row.processors.sampling.logits_processors:
             try:
                 part[at] = call_processor(function, row.prompt, row.output, part[at, ...])
@@ -160,6 +184,7 @@ def process_rows(
                     raise
                 on_error(i, error)
                 break
+    part = _mask_illegal(part, changed)
     part = _penalize(part, [row for _, row in busy])
     out = z.copy()
     out[index] = part
@@ -209,8 +234,64 @@ def takes_prompt(function: Callable[..., Array]) -> bool:
     return False
 
 
+def _legal_tokens(
+    busy: Sequence[tuple[int, Row]], on_error: Callable[[int, BaseException], object] | None
+) -> dict[int, Mask]:
+    """Place in ``busy`` → the tokens that the row's grammar allows. A row without any that its
+    other masks leave, or that follows an illegal draft, is an error.
+    """
+    legal: dict[int, Mask] = {}
+    for at, (i, row) in enumerate(busy):
+        constraint = row.processors.constraint
+        if constraint is None:
+            continue
+        try:
+            mask = constraint.mask(row.output)
+            if mask is None:
+                raise NoTokenLeft("the grammar does not allow the tokens of the output")
+            _check_some_left(mask, row)
+            legal[at] = mask
+        except (ConstraintFailure, NoTokenLeft) as error:
+            if on_error is None:
+                raise
+            on_error(i, error)
+    return legal
+
+
+def _check_some_left(mask: Mask, row: Row) -> None:
+    """NoTokenLeft if bad words and ``min_tokens`` forbid every token that the grammar allows."""
+    forbidden = {*banned_tokens(row.processors.sampling.bad_words, row.output)}
+    early = len(row.output) < row.processors.min_tokens
+    if early:
+        forbidden |= row.processors.end_tokens
+    legal = count_legal(mask)
+    if legal > len(forbidden) or legal > count_legal(mask, forbidden):
+        return
+    reason = "the grammar allows none"
+    if legal:
+        who = "bad_words forbid"
+        if early and row.processors.end_tokens:
+            who = f"bad_words or min_tokens, {row.processors.min_tokens}, forbid"
+        reason = f"{who} all {legal} that the grammar allows"
+    raise NoTokenLeft(f"no token may follow the {len(row.output)} of the output: {reason}")
+
+
+def _mask_illegal(z: Array, legal: dict[int, Mask]) -> Array:
+    """z[rows, V] with -inf where a row's mask is False; the masks are moved in one transfer."""
+    if not legal:
+        return z
+    xp = namespace(z)
+    masks = asarray_like(stacked(list(legal.values())), z)  # bool[masked, V]
+    never = xp.asarray(-xp.inf, dtype=z.dtype)
+    if len(legal) == z.shape[0]:
+        return xp.where(masks, z, never)
+    index = asarray_like(list(legal), z, "int64")
+    z[index] = xp.where(masks, z[index], never)
+    return z
+
+
 def _mask_and_bias(z: Array, rows: Sequence[Row]) -> Array:
-    """Steps 1 to 3, in place: masked tokens and biases are host data, moved as one index."""
+    """Steps 2 to 4, in place: masked tokens and biases are host data, moved as one index."""
     masked: set[tuple[int, int]] = set()  # (row, token)
     bias: dict[tuple[int, int], float] = {}
     for i, (processors, _, output) in enumerate(rows):
@@ -247,7 +328,7 @@ def banned_tokens(words: Sequence[Sequence[int] | str], output: Sequence[int]) -
 
 
 def _penalize(z: Array, rows: Sequence[Row]) -> Array:
-    """Steps 5 and 6 for all rows at once."""
+    """Steps 7 and 8 for all rows at once."""
     settings = [row.processors.sampling for row in rows]
     repetition = [one.repetition_penalty for one in settings]
     if any(theta != 1 for theta in repetition):

@@ -37,8 +37,10 @@ import numpy as np
 
 from refllm.decode.sampling_params import SamplingParams
 from refllm.decode.speculative.acceptance import Acceptance
+from refllm.decode.speculative.constrained import propose_legal
 from refllm.decode.speculative.interface import (
     NO_DRAFTS,
+    DraftConstraint,
     Drafter,
     DraftRequest,
     Proposal,
@@ -89,7 +91,8 @@ def propose_drafts(
             failures.add(sequence.request.request_id, "draft", error)
             continue
         sampling = sequence.request.sampling
-        request = DraftRequest(sequence.tokens.copy(), count, sampling, state.rng, 0)
+        constraint = of_request.draft_constraint
+        request = DraftRequest(sequence.tokens.copy(), count, sampling, state.rng, 0, constraint)
         ready.append((sequence, state.drafter, request))
     errors: dict[int, Exception] = {}  # place in ``ready`` → what its drafter raised
     if isinstance(drafter, AdaptiveDrafting):
@@ -99,7 +102,7 @@ def propose_drafts(
         proposals = []
         for i, (_, one, request) in enumerate(ready):
             try:
-                proposals.append(one.propose(*request[:4]))
+                proposals.append(propose_legal(one, request))
             except Exception as error:
                 proposals.append(NO_DRAFTS)
                 errors[i] = error
@@ -237,9 +240,8 @@ class AdaptiveDrafting:
             if isinstance(self.source, ModelDrafter):
                 for_model[one] = i, request._replace(max_drafts=count)
                 continue
-            tokens, _, sampling, rng, _ = request
             try:
-                proposals[i] = one.drafter.propose(tokens, count, sampling, rng)
+                proposals[i] = propose_legal(one.drafter, request._replace(max_drafts=count))
             except Exception as error:
                 if errors is None:
                     raise
@@ -295,6 +297,8 @@ class AdaptiveDrafting:
 class SequenceDrafter:
     """A sequence's drafter: that of the source, asked for as many drafts as pay."""
 
+    constrains = True
+
     def __init__(self, drafting: AdaptiveDrafting, drafter: Drafter):
         self.drafting = drafting
         self.drafter = drafter
@@ -319,10 +323,15 @@ class SequenceDrafter:
         return (SHARED_WEIGHT * shared + self.accepted) / (SHARED_WEIGHT + self.judged)
 
     def propose(
-        self, tokens: Sequence[int], count: int, sampling: SamplingParams, rng: np.random.Generator
+        self,
+        tokens: Sequence[int],
+        count: int,
+        sampling: SamplingParams,
+        rng: np.random.Generator,
+        constraint: DraftConstraint | None = None,
     ) -> Proposal | TreeProposal:
         """At most ``count`` drafts, of this sequence alone."""
-        ask = DraftRequest(tokens, count, sampling, rng, 0)
+        ask = DraftRequest(tokens, count, sampling, rng, 0, constraint)
         return self.drafting.propose_batch([(self, ask)])[0]
 
     def observe(self, best: Sequence[int], accepted: int) -> None:

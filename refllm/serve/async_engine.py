@@ -40,9 +40,8 @@ from types import TracebackType
 from typing import Any
 
 from refllm.decode.completion import StreamChunk
-from refllm.errors import InputError
+from refllm.errors import InputError, message
 from refllm.serve.engine import Engine
-from refllm.serve.isolation import message
 from refllm.serve.outputs import RequestOutput
 from refllm.serve.plan import SequenceUpdate
 from refllm.serve.request import Prompt, Request

@@ -14,13 +14,13 @@ for when to stop.
 |        | by log(−s) − length_penalty · log(length), which cannot      |           |
 |        | overflow: the smaller, the better                            |           |
 
-A candidate that ends (by an end token, a stop token, or a text that reaches a stop string) is
-a hypothesis if it is among the n best; the n best that do not end are the beams of the next
-step. The search is over when n hypotheses are better than the best
+A candidate that ends (by an end token, a stop token, a text that reaches a stop string, or as a
+complete output of its grammar) is a hypothesis if it is among the n best; the n best that do not
+end are the beams of the next step. The search is over when n hypotheses are better than the best
 that a beam can still become: log p ≤ 0, so s only falls. Ties go to the lower beam, then to
 the lower token.
 
-Left out: sampling within beams, diverse groups, constraints.
+Left out: sampling within beams, diverse groups.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from collections import abc
 from typing import NamedTuple
 
 from refllm.backend import Array, asarray_like, namespace, to_numpy, top_k
+from refllm.decode.constraint import ConstraintStates
 from refllm.decode.logprobs import TokenLogprobs, token_logprobs
 from refllm.decode.output_params import StopTokens
 from refllm.decode.sampling import log_probabilities
@@ -113,9 +114,18 @@ class BeamSearch:
     [[1], [2]]
     """
 
-    def __init__(self, request: Request, stops: StopTokens, detokenizer: Detokenizer | None = None):
-        """``detokenizer`` is a new one if the request has stop strings."""
+    def __init__(
+        self,
+        request: Request,
+        stops: StopTokens,
+        detokenizer: Detokenizer | None = None,
+        constraint: ConstraintStates | None = None,
+    ):
+        """``detokenizer`` is a new one if the request has stop strings, ``constraint`` follows its
+        grammar.
+        """
         self.request = request
+        self.constraint = constraint
         self.stops = stops
         logprobs: list[TokenLogprobs] | None = None
         if request.output.logprobs is not None:
@@ -169,6 +179,8 @@ class BeamSearch:
                 ending = Ending(candidate, beam, "stop", self.stops.reason(token), token)
             elif matched is not None:
                 ending = Ending(candidate, beam, "stop", matched)
+            elif self._is_complete([*beams[candidate.row].output, token]):
+                ending = Ending(candidate, beam, "stop")
             else:
                 kept.append((candidate, beam))
                 if len(kept) == n:
@@ -177,6 +189,12 @@ class BeamSearch:
             if rank < n:
                 ended.append(ending)
         return kept, ended
+
+    def _is_complete(self, output: list[int]) -> bool:
+        """Whether an output is complete in the request's grammar, and long enough."""
+        if self.constraint is None or len(output) < self.stops.min_tokens:
+            return False
+        return self.constraint.is_complete(output)
 
     def follow(self, survivors: abc.Iterable[Sequence]) -> None:
         """The sequences that are the beams now, in the order of the outcomes."""

@@ -14,7 +14,7 @@ The tokens of a request depend on its prompt, its settings and its seed alone: n
 batch, the budget, chunks, cached prefixes or preemption. (Up to rounding: products of other
 shapes round differently, and where two logits are that close, either may win.)
 
-Left out: several devices, planning while the device computes, structured output.
+Left out: several devices, planning while the device computes.
 """
 
 from __future__ import annotations

@@ -30,11 +30,15 @@ from __future__ import annotations
 from collections import abc
 from typing import Protocol, TypeVar
 
+from refllm.decode.constraint import ConstraintFailure, NoTokenLeft
+from refllm.errors import message
+
 # point → what the sentence says has failed
 POINTS = {
     "state": "preparing its sequence",  # drafter, generator and detokenizer are made
     "draft": "the drafter",
     "prefix": "hashing its prefix",  # at admission and when blocks become full
+    "grammar": "the grammar",  # its masks and states, for logits, drafts and the output's end
     "processor": "a logits processor",  # of the user
     "logits": "processing its logits",  # masks, biases and penalties
     "sampling": "sampling with its parameters",
@@ -56,27 +60,25 @@ class RequestFailure(Exception):
 
 # Points at which a MemoryError, too, is the request's: a function of the user's, or after the
 # step. Elsewhere memory is short for the whole engine, and the step is repeated.
-OWN_MEMORY = ("processor", "text", "callback")
+OWN_MEMORY = ("grammar", "processor", "text", "callback")
 
 
 def sentence(point: str, error: BaseException) -> str:
     """What ``RequestOutput.error`` says. Raises ``error`` itself if it is no single request's:
-    a MemoryError outside ``OWN_MEMORY``.
+    a MemoryError outside ``OWN_MEMORY``. What a grammar raises is the grammar's, whatever ``point``
+    it was used at; that no token is left needs no introduction.
 
     >>> sentence("callback", KeyError("lost"))
     "the callback raised KeyError: 'lost'"
     """
     if isinstance(error, MemoryError) and point not in OWN_MEMORY:
         raise error
-    return f"{POINTS[point]} raised {type(error).__name__}: {message(error)}"
-
-
-def message(error: BaseException) -> str:
-    """The message of an exception, whose class may be the caller's own."""
-    try:
+    if isinstance(error, NoTokenLeft):
         return str(error)
-    except Exception:
-        return "(its message could not be read)"
+    if isinstance(error, ConstraintFailure):  # whatever was done when it was asked
+        point = "grammar"
+        error = error.error
+    return f"{POINTS[point]} raised {type(error).__name__}: {message(error)}"
 
 
 class Failures(dict[abc.Hashable, str]):

@@ -21,8 +21,8 @@ same* tokens as decoding without drafts. Drafts that come with the q they were s
 are verified by ``decode.speculative.verification.verify`` with the sequence's own generator:
 the same distribution, other tokens.
 
-Left out: overlapping a step with the planning of the next one, CUDA graphs, structured output
-(a mask on z).
+Left out: overlapping a step with the planning of the next one, CUDA graphs, grammar masks that
+are computed while the network runs.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from typing import NamedTuple
 
 from refllm.backend import Array, asarray_like, finite_argmax, to_numpy
 from refllm.decode import sampling
+from refllm.decode.constraint import ConstraintFailure, NoTokenLeft
 from refllm.decode.fast.captured_step import make_decode_step
 from refllm.decode.logits_processors import LogitsProcessors, Row, process_rows
 from refllm.decode.logprobs import (
@@ -339,7 +340,7 @@ def _advance_search(
 
 def process_inputs(z: Array, inputs: abc.Sequence[SamplingInput]) -> Array:
     """z[R, V] after each request's logits processors; row i of a sequence follows its first i
-    drafts, too. An input gets the ``error`` that a processor of its own raised.
+    drafts, too. An input gets the ``error`` that its grammar or a processor of its own raised.
     """
     if all(one.processors is None for one in inputs):
         return z
@@ -357,7 +358,11 @@ def process_inputs(z: Array, inputs: abc.Sequence[SamplingInput]) -> Array:
 
     def fail(row: int, error: BaseException) -> None:
         one = owners[row]
-        one.fail_row(row - one.rows.start, sentence("processor", error))
+        if isinstance(error, (ConstraintFailure, NoTokenLeft)):
+            words = sentence("grammar", error)
+        else:
+            words = sentence("processor", error)
+        one.fail_row(row - one.rows.start, words)
 
     return process_rows(z, rows, fail)
 

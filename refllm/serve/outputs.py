@@ -6,6 +6,8 @@
 | ``stop``      | None            | it generated an end token, which is not part of ``tokens``    |
 | ``stop``      | the stop string | its text reached a stop string, which is not part of ``text`` |
 | ``stop``      | the stop token  | it generated one of ``stop_token_ids``: not part of ``tokens``|
+| ``stop``      | None            | it is complete in its grammar: nothing but an end token may   |
+|               |                 | follow                                                        |
 | ``length``    | None            | it has ``max_tokens``                                         |
 | ``abort``     | None            | ``Engine.abort`` was called                                   |
 | ``timeout``   | None            | its ``timeout`` has passed since ``submit``                   |

@@ -27,6 +27,7 @@ from math import inf
 from numbers import Integral, Real
 from typing import Any, TypeGuard, Unpack
 
+from refllm.decode.constraint import Constraint, check_constraint
 from refllm.decode.output_params import (
     GenerateOptions,
     OutputParams,
@@ -58,7 +59,10 @@ class Request:
 
     A lower ``priority`` is served first; ``arrival``, in seconds, breaks ties. After
     ``timeout`` seconds the request ends with what it has. Requests with different ``salt``
-    never share cached prefixes. ``docs/requests.md`` has every field with its test.
+    never share cached prefixes. Every output is one of ``grammar`` (``decode.constraint``), or its
+    beginning where ``max_tokens`` cuts it off; with ``jump_forward`` what the grammar forces is
+    appended without sampling (``decode.jump_forward``). ``docs/requests.md`` has every field with
+    its test.
 
     >>> request = Request([5, 9, 2], max_tokens=8)
     >>> request.max_cached_tokens  # the last token of the output is never computed
@@ -85,6 +89,8 @@ class Request:
     timeout: float | None
     truncate_prompt_tokens: int | None
     salt: str | None
+    grammar: Constraint | None
+    jump_forward: bool
 
     def __init__(
         self,
@@ -104,6 +110,8 @@ class Request:
         timeout: float | None = None,
         truncate_prompt_tokens: int | None = None,
         salt: str | None = None,
+        grammar: Constraint | None = None,
+        jump_forward: bool = False,
         **shorthand: Unpack[GenerateOptions],
     ):
         # written by hand for the shorthand's sake; past __setattr__, which frozen forbids
@@ -123,6 +131,8 @@ class Request:
             timeout=timeout,
             truncate_prompt_tokens=truncate_prompt_tokens,
             salt=salt,
+            grammar=grammar,
+            jump_forward=bool(jump_forward),
         )
         try:
             if shorthand:
@@ -179,6 +189,12 @@ class Request:
                 f"got {self.best_of}"
             )
         check_min_tokens(self.output, self.max_tokens)
+        check_constraint(self.grammar, jumps=self.jump_forward)
+        if self.jump_forward and (self.beam or self.best_of or self.output.logprobs is not None):
+            raise InputError(
+                "jump_forward appends tokens without their log-probabilities: leave out logprobs, "
+                "best_of and beam, or jump_forward"
+            )
         try:
             hash(self.request_id)
         except Exception as error:

@@ -20,9 +20,10 @@ from dataclasses import replace
 import numpy as np
 
 from refllm.decode.completion import CompletionOutput, OutputRules, output_rules
+from refllm.decode.constraint import ConstraintStates
 from refllm.decode.logprobs import TokenLogprobs
 from refllm.decode.output_params import StopTokens
-from refllm.decode.speculative.interface import Drafter, ModelLike
+from refllm.decode.speculative.interface import DraftConstraint, Drafter, ModelLike
 from refllm.errors import InputError
 from refllm.model.config import ModelConfig
 from refllm.serve.beam_search import BeamSearch
@@ -64,7 +65,9 @@ def rules_of(request: Request, model: ModelLike) -> OutputRules:
     request.
     """
     try:
-        return output_rules(request.output, request.sampling, model)
+        return output_rules(
+            request.output, request.sampling, model, request.grammar, request.num_sequences
+        )
     except InputError as error:
         raise InputError(f"request {request.request_id!r}: {error}") from None
 
@@ -80,8 +83,10 @@ class SequenceState:
         stops: StopTokens,
         detokenizer: Detokenizer | None,
         drafter: Drafter | None,
+        constraint: ConstraintStates | None = None,
     ):
         self.request = request
+        self.constraint = constraint
         self.stops = stops
         self.logprobs: list[TokenLogprobs] = []  # of the output, if the request asks for them
         self.ended_by: int | None = None  # the end or stop token that ended the output
@@ -101,7 +106,8 @@ class SequenceState:
         """The next tokens of ``sequence`` up to an end or stop token, or to the one that
         completes a stop string.
         """
-        if self.detokenizer is None and self._ending.isdisjoint(tokens):
+        plain = self.detokenizer is None and self.constraint is None
+        if plain and self._ending.isdisjoint(tokens):
             return SampledTokens(tokens)
         position = len(sequence.tokens) - len(self.request.prompt)  # tokens of output before
         for count, token in enumerate(tokens, 1):
@@ -111,7 +117,23 @@ class SequenceState:
                 self.detokenizer.push(token)
                 if self.detokenizer.stopped:
                     return SampledTokens(tokens[:count], "stop", self.detokenizer.matched)
+            if self._is_complete(tokens[:count], sequence):
+                return SampledTokens(tokens[:count], "stop", self._flush())
         return SampledTokens(tokens)
+
+    def _is_complete(self, tokens: abc.Sequence[int], sequence: Sequence) -> bool:
+        """Whether the output with these tokens is complete in its grammar, and long enough."""
+        if self.constraint is None:
+            return False
+        output = [*sequence.output, *tokens]
+        return len(output) >= self.stops.min_tokens and self.constraint.is_complete(output)
+
+    def _flush(self) -> int | str | None:
+        """The output is complete: returns the stop string that held back characters complete."""
+        if self.detokenizer is None:
+            return None
+        self.detokenizer.flush()
+        return self.detokenizer.matched if self.detokenizer.stopped else None
 
     def _end(self, token: int) -> int | str | None:
         """The output ends with an end or stop token: returns the ``stop_reason``."""
@@ -162,10 +184,11 @@ class RequestState:
         self.tokenizer = model.tokenizer
         self.stops, processors = rules or rules_of(request, model)
         self.processors = processors if processors.active else None
+        self.constraint = processors.constraint
         self.search: BeamSearch | None = None
         if request.beam:
             detokenizer = Detokenizer(self.tokenizer, request.output) if request.stop else None
-            self.search = BeamSearch(request, self.stops, detokenizer)
+            self.search = BeamSearch(request, self.stops, detokenizer, self.constraint)
         # log-probabilities of the outputs: how many tokens beside the sampled one, or None
         self.num_logprobs = request.output.logprobs
         self.streams_logprobs = self.num_logprobs is not None
@@ -181,6 +204,13 @@ class RequestState:
         self._make_drafter = make_drafter
         self._sequences: dict[int, SequenceState] = {}
 
+    @property
+    def draft_constraint(self) -> DraftConstraint | None:
+        """Which drafts the request's grammar allows; None if it has none."""
+        if self.constraint is None:
+            return None
+        return DraftConstraint(self.constraint, len(self.request.prompt))
+
     def sequence_state(self, index: int) -> SequenceState:
         """The state of sequence ``index``, made at the first call."""
         state = self._sequences.get(index)
@@ -191,7 +221,15 @@ class RequestState:
             if streams or self.request.stop:
                 detokenizer = Detokenizer(self.tokenizer, self.request.output)
             drafter = None if self._make_drafter is None else self._make_drafter()
-            state = SequenceState(self.request, index, self.seed, self.stops, detokenizer, drafter)
+            state = SequenceState(
+                self.request,
+                index,
+                self.seed,
+                self.stops,
+                detokenizer,
+                drafter,
+                self.constraint,
+            )
             self._sequences[index] = state
         return state
 

@@ -55,6 +55,7 @@ HOST = {
     "decode.sampling_params:as_generator": "random numbers are drawn on the host",
     "decode.fast.captured_step": OVERHEAD,
     "decode.fast.single_token": OVERHEAD,
+    "decode.constraint": "masks of grammars are host data; a step moves those of its rows at once",
     "decode.generate": "prompts are lists; the device gets one array per step",
 }
 TYPES = {

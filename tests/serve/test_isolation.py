@@ -141,6 +141,25 @@ class FailingTokenizer:
         return getattr(self._tokenizer, name)
 
 
+class FailingGrammar:
+    """Allows every token; one of its methods uses the fuse."""
+
+    start = 0
+
+    def __init__(self, fuse: Fuse, part: int):
+        name = ("mask", "advance", "accepting")[part]
+        setattr(self, name, fuse.wrap(getattr(self, name)))
+
+    def mask(self, state: int) -> np.ndarray:
+        return np.ones(257, bool)
+
+    def advance(self, state: int, token: int) -> int:
+        return state
+
+    def accepting(self, state: int) -> bool:
+        return True
+
+
 class FailingProcessors:
     def __init__(self, fuse: Fuse):
         self.fuse = fuse
@@ -204,6 +223,8 @@ def plant(point: str, fuse: Fuse, part: int) -> Planted:
             HashKVManager(pool, hasher=hasher(fuse)), order=("fcfs", "lpm", "priority")[part]
         )
         return Planted({"salt": VICTIM}, {"scheduler": memory})
+    if point == "grammar":
+        return Planted({"grammar": FailingGrammar(fuse, part), "ignore_eos": False})
     if point == "processor":
         return Planted({"logits_processors": [fuse.wrap(lambda prompt, output, z: z)]})
     if point == "logits":
@@ -315,7 +336,7 @@ def test_a_failure_at_any_point_ends_its_own_request(
     natural = point in ("sampling", "verification")  # what the mathematics itself raises
     if natural and result.error is None:
         return  # it had ended before its settings were changed, or no draft was left to verify
-    if point == "processor" and drafts and not stays and result.error is None:
+    if point in ("grammar", "processor") and drafts and not stays and result.error is None:
         return  # it failed once, after a draft, and succeeded when that draft had been accepted
     name = r"\w+" if natural else error.__name__
     assert re.match(rf"{POINTS[point]} raised {name}: ", result.error), result.error
@@ -392,7 +413,7 @@ def test_what_fails_for_all_together_and_for_none_alone_is_raised():
     assert not any(item.error for item in items)
 
 
-@pytest.mark.parametrize("hook", ["processor", "callback"])
+@pytest.mark.parametrize("hook", ["processor", "grammar", "callback"])
 @pytest.mark.parametrize("error", [CancelledError, GeneratorExit])
 def test_an_exception_that_is_no_exception_ends_its_own_request(hook, error):
     """asyncio.CancelledError is none, and a hook that waits for a task may raise it."""
@@ -407,12 +428,16 @@ def test_an_exception_that_is_no_exception_ends_its_own_request(hook, error):
             raise error("planted")
 
     engine = Engine(served_model(), num_blocks=40, block_size=4)
-    chosen = {"logits_processors": [processor]} if hook == "processor" else {}
+    chosen: dict[str, Any] = {}
+    if hook == "processor":
+        chosen = {"logits_processors": [processor]}
+    if hook == "grammar":
+        chosen = {"grammar": FailingGrammar(Fuse(4, error), 0)}
     request = Request(PROMPT, 6, VICTIM, n=2, temperature=1.0, seed=3, **chosen)
     submit_all(engine, request, callback if hook == "callback" else None, 2)
     results = serve(engine)
     assert_neighbours_are_served_as_alone(results)
-    kind = "a logits processor" if hook == "processor" else "the callback"
+    kind = POINTS[hook]
     assert results[VICTIM].error == f"{kind} raised {error.__name__}: planted"
 
 

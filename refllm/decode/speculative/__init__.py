@@ -6,7 +6,7 @@ the distribution it sampled from.
 
 1. ``verification``: token-wise, block, greedy and typical acceptance rules.
 2. ``interface``: ``Proposal``, ``Drafter``.
-3. ``loop``: speculative generation of one sequence.
+3. ``loop``: speculative generation of one sequence; ``constrained``: drafts under a grammar.
 4. ``ngram_drafter``, ``jacobi_drafter``: drafts that cost no model.
 5. ``model_drafter``: a small model with its own cache.
 6. ``tree``: token trees, and which node sees which.

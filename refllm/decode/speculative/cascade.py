@@ -10,9 +10,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from refllm.decode.sampling_params import SamplingParams
+from refllm.decode.speculative.constrained import propose_legal
 from refllm.decode.speculative.interface import (
     NO_DRAFTS,
+    DraftConstraint,
     Drafter,
+    DraftRequest,
     ModelLike,
     Proposal,
     TreeProposal,
@@ -29,6 +32,8 @@ class Cascade:
     drafts are free and mostly right; elsewhere the model drafts.
     """
 
+    constrains = True
+
     def __init__(self, *drafters: Drafter):
         if not drafters or not all(hasattr(drafter, "propose") for drafter in drafters):
             raise InputError(f"a cascade needs drafters, such as NGramDrafter(), got {drafters!r}")
@@ -38,11 +43,18 @@ class Cascade:
         self._asked = drafters[0]  # whose proposal is being verified
 
     def propose(
-        self, tokens: Sequence[int], count: int, sampling: SamplingParams, rng: np.random.Generator
+        self,
+        tokens: Sequence[int],
+        count: int,
+        sampling: SamplingParams,
+        rng: np.random.Generator,
+        constraint: DraftConstraint | None = None,
     ) -> Proposal | TreeProposal:
         """See ``Drafter.propose``."""
         for drafter in self.drafters:
-            proposal = drafter.propose(tokens, min(count, drafter.gamma), sampling, rng)
+            most = min(count, drafter.gamma)
+            request = DraftRequest(tokens, most, sampling, rng, 0, constraint)
+            proposal = propose_legal(drafter, request)
             if proposal.tokens:
                 self._asked = drafter
                 return proposal

@@ -6,6 +6,7 @@ and what it returns.
 | ``Proposal``     | a chain of drafted tokens, and what each was really sampled from      |
 | ``TreeProposal`` | the same for a tree, whose nodes share their prefixes                 |
 | ``DraftRequest`` | what a drafter is asked for, for one of several sequences             |
+| ``DraftConstraint`` | which drafts the grammar of the sequence allows                    |
 | ``Drafter``      | the protocol of ``ngram_drafter``, ``model_drafter`` and the others   |
 
 Left out: how drafts are made (the drafters), and the acceptance rules that verify them
@@ -21,6 +22,7 @@ import numpy as np
 
 from refllm.backend import Array
 from refllm.checkpoints.tokenizer import Tokenizer
+from refllm.decode.constraint import ConstraintStates, Mask, count_legal
 from refllm.decode.sampling_params import SamplingParams
 from refllm.decode.speculative.tree import Tree
 from refllm.errors import InputError
@@ -50,14 +52,35 @@ class TreeProposal(NamedTuple):
 NO_DRAFTS = Proposal([], None)
 
 
+class DraftConstraint(NamedTuple):
+    """The grammar of a sequence whose prompt has ``prompt_length`` tokens."""
+
+    states: ConstraintStates
+    prompt_length: int
+
+    def mask(self, tokens: Sequence[int]) -> Mask | None:
+        """Which tokens may follow prompt and output, bool[V] on the host; None for none."""
+        mask = self.states.mask(tokens[self.prompt_length :])
+        if mask is None or not count_legal(mask):
+            return None
+        return mask
+
+    def legal_length(self, tokens: Sequence[int], drafts: Sequence[int]) -> int:
+        """How many of the ``drafts`` may follow prompt and output one after another."""
+        return self.states.legal_length(tokens[self.prompt_length :], drafts)
+
+
 class DraftRequest(NamedTuple):
-    """The arguments of ``propose`` for one sequence, where a batch of them is asked for."""
+    """The arguments of ``propose`` for one sequence, where a batch of them is asked for. A drafter
+    that draws from a distribution of its own restricts it to what ``constraint`` allows.
+    """
 
     tokens: Sequence[int]
     max_drafts: int
     sampling: SamplingParams
     rng: np.random.Generator
     sequence: int
+    constraint: DraftConstraint | None = None
 
 
 class ModelLike(Protocol):
@@ -70,7 +93,9 @@ class ModelLike(Protocol):
 
 class Drafter(Protocol):
     """What generation and engine ask of a drafter. One that may propose a tree says so by
-    ``trees = True``.
+    ``trees = True``; one whose ``propose`` takes ``constraint=DraftConstraint(…)``, and draws from
+    what it allows, by ``constrains = True``. Of other proposals the legal part is used
+    (``constrained.legal_part``).
     """
 
     gamma: int  # drafts per step, unless fewer are asked for
@@ -88,21 +113,6 @@ class Drafter(Protocol):
 
         It is not called after a tree, nor after an empty proposal.
         """
-
-
-def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many first tokens two sequences share.
-
-    >>> common_prefix_length([5, 6, 7], [5, 6, 8, 9])
-    2
-    """
-    n = min(len(a), len(b))
-    same = max(0, n - 16)  # they differ near the end, if at all: compare the rest at once
-    if list(a[:same]) != list(b[:same]):
-        same = 0
-    while same < n and a[same] == b[same]:
-        same += 1
-    return same
 
 
 def checked_gamma(gamma: int) -> int:

@@ -5,11 +5,12 @@ Source: Leviathan et al. 2023, algorithm 1; Chen et al. 2023, algorithm 2.
 
 A step, with tokens = prompt + output, of which [0, s) are cached and the last one is not:
 
-1. the drafter drafts γ tokens; fewer near ``max_tokens``, as a step emits up to γ + 1;
+1. the drafter drafts γ tokens; fewer near ``max_tokens``, as a step emits up to γ + 1, and where
+   the grammar, if there is one, allows no more (``constrained``);
 2. the target computes [last, x_1 … x_γ] at positions s … s + γ: one forward, γ + 1 rows of
    logits;
-3. row i goes through the logits processors, with penalties for the tokens *and* x_1 …
-   x_{i−1}, and ``verify`` accepts or rejects (temperature 0: by the argmax);
+3. row i goes through the logits processors, with penalties, and the state of the grammar, for
+   the tokens *and* x_1 … x_{i−1}, and ``verify`` accepts or rejects (temperature 0: by the argmax);
 4. a drafts are accepted and one token follows: the cache is longer by 1 + a. The slots
    behind hold keys and values of rejected drafts, which no query sees and the next step
    overwrites (a quantised cache never keeps them).
@@ -34,7 +35,15 @@ from refllm.decode.logits_processors import LogitsProcessors, Row, process_rows
 from refllm.decode.logprobs import LogprobsRecorder
 from refllm.decode.sampling import distribution
 from refllm.decode.sampling_params import SamplingParams
-from refllm.decode.speculative.interface import NO_DRAFTS, Drafter, Proposal, TreeProposal
+from refllm.decode.speculative.constrained import propose_legal
+from refllm.decode.speculative.interface import (
+    NO_DRAFTS,
+    DraftConstraint,
+    Drafter,
+    DraftRequest,
+    Proposal,
+    TreeProposal,
+)
 from refllm.decode.speculative.tree import Tree
 from refllm.decode.speculative.tree_verification import verify_tree, verify_tree_greedy
 from refllm.decode.speculative.verification import verify, verify_greedy
@@ -129,6 +138,9 @@ def _speculate(
 ) -> Iterator[SpeculativeStep]:
     """``speculate`` with arguments that were checked."""
     end = len(prompt) + max_tokens
+    constraint = None
+    if processors.constraint is not None:
+        constraint = DraftConstraint(processors.constraint, len(prompt))
     cache = policy.new_cache(config, 1, end, like=weights["norm"], rng=rng)
     tokens = [int(t) for t in prompt]
     decode_step = make_decode_step(weights, config)
@@ -146,7 +158,8 @@ def _speculate(
         count = min(drafter.gamma, end - len(tokens) - 1)
         proposal: Proposal | TreeProposal = NO_DRAFTS
         if count > 0:
-            proposal = drafter.propose(tokens.copy(), count, sampling, rng)
+            request = DraftRequest(tokens.copy(), count, sampling, rng, 0, constraint)
+            proposal = propose_legal(drafter, request)
         new = [tokens[-1], *proposal.tokens]  # the last token is not cached yet
         if isinstance(proposal, TreeProposal):
             tree = proposal.tree

@@ -22,16 +22,18 @@ from collections.abc import Sequence
 import numpy as np
 
 from refllm.backend import Array, asarray_like, namespace
+from refllm.decode.constraint import common_prefix_length
 from refllm.decode.fast import single_token
 from refllm.decode.fast.captured_step import make_decode_step
 from refllm.decode.sampling import distribution, draw
 from refllm.decode.sampling_params import SamplingParams
+from refllm.decode.speculative.constrained import masked_logits
 from refllm.decode.speculative.interface import (
+    DraftConstraint,
     DraftRequest,
     ModelLike,
     Proposal,
     checked_gamma,
-    common_prefix_length,
 )
 from refllm.errors import InputError
 from refllm.kv.contiguous import ContiguousCache
@@ -44,8 +46,11 @@ class ModelDrafter:
     ``model`` is any record with ``config``, ``weights`` and ``tokenizer``, of the target's
     vocabulary. The last draft of a step is not computed: its keys and values are missing
     when all were accepted, and are computed with the next step's tokens, as is everything
-    that the cache does not have.
+    that the cache does not have. With a constraint the drafts, and q, are those of the model's
+    logits after the grammar's mask.
     """
+
+    constrains = True
 
     def __init__(
         self,
@@ -91,9 +96,10 @@ class ModelDrafter:
         sampling: SamplingParams,
         rng: np.random.Generator,
         sequence: int = 0,
+        constraint: DraftConstraint | None = None,
     ) -> Proposal:
         """See ``Drafter.propose``; ``sequence`` says whose cache to use."""
-        request = DraftRequest(tokens, count, sampling, rng, sequence)
+        request = DraftRequest(tokens, count, sampling, rng, sequence, constraint)
         return self._draft([request], batched=False)[0]
 
     def propose_batch(self, requests: Sequence[DraftRequest]) -> list[Proposal]:
@@ -130,7 +136,10 @@ class ModelDrafter:
             feeds = {}
             for b, i in enumerate(fed):
                 sampling = self.sampling or requests[i].sampling
-                token, row = self._choose(z[b], sampling, requests[i].rng)
+                row_z = self._constrained(z[b], requests[i], drafts[i])
+                if row_z is None:
+                    continue
+                token, row = self._choose(row_z, sampling, requests[i].rng)
                 if token is None:
                     continue
                 drafts[i].append(token)
@@ -142,6 +151,13 @@ class ModelDrafter:
             Proposal(d, namespace(q[0]).stack(q) if q else None)
             for d, q in zip(drafts, rows, strict=True)
         ]
+
+    def _constrained(self, z: Array, request: DraftRequest, drafts: Sequence[int]) -> Array | None:
+        """z[V] after the drafts and the grammar's mask; None where no token may follow them."""
+        if request.constraint is None:
+            return z
+        mask = request.constraint.mask([*request.tokens, *drafts])
+        return None if mask is None else masked_logits(z, mask)
 
     def _last_two(self, request: DraftRequest) -> list[int]:
         """The last two tokens of a sequence, after everything before them was computed.

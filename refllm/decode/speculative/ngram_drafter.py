@@ -79,5 +79,7 @@ def _continue_from(tokens: Sequence[int], place: int, count: int) -> list[int]:
     [5, 6, 7, 5, 6, 7, 5, 6]
     """
     period = list(tokens[place : place + count])
+    if not period:  # nothing was asked for
+        return []
     repeats = -(-count // len(period))
     return (period * repeats)[:count]

@@ -34,7 +34,14 @@ import numpy as np
 from refllm.backend import Array, namespace
 from refllm.decode.sampling import distribution
 from refllm.decode.sampling_params import SamplingParams
-from refllm.decode.speculative.interface import NO_DRAFTS, ModelLike, Proposal, TreeProposal
+from refllm.decode.speculative.interface import (
+    NO_DRAFTS,
+    DraftConstraint,
+    DraftRequest,
+    ModelLike,
+    Proposal,
+    TreeProposal,
+)
 from refllm.decode.speculative.model_drafter import ModelDrafter
 from refllm.decode.speculative.tree import Tree
 from refllm.decode.speculative.tree_verification import draw_children
@@ -62,8 +69,10 @@ class TreeDrafter(ModelDrafter):
         sampling: SamplingParams,
         rng: np.random.Generator,
         sequence: int = 0,
+        constraint: DraftConstraint | None = None,
     ) -> Proposal | TreeProposal:
         """See ``Drafter.propose``; ``sequence`` says whose cache to use."""
+        request = DraftRequest(tokens, count, sampling, rng, sequence, constraint)
         sampling = self.sampling or sampling
         count = min(count, self.cache.capacity - len(tokens))
         parents: list[int] = []
@@ -72,7 +81,9 @@ class TreeDrafter(ModelDrafter):
         parent = -1
         feed = self._roll_back(tokens, sequence) if count > 0 else []
         while len(nodes) < count:
-            z = self._feed(feed, sequence)  # [V]
+            z = self._constrained(self._feed(feed, sequence), request, nodes)  # [V]
+            if z is None:
+                break
             left = count - len(nodes)
             if sampling.temperature == 0:
                 children = self._likeliest(z, left)
