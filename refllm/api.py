@@ -529,7 +529,8 @@ class _Run:
         self.sampling, self.params = split_options(sampling, output, shorthand, caller, own)
         check_min_tokens(self.params, max_tokens)
         for grammar in grammars:
-            check_constraint(grammar)
+            if grammar is not None:
+                check_constraint(grammar)
         rules = [output_rules(self.params, self.sampling, model, one) for one in grammars]
         self.stops = output_rules(self.params, self.sampling, model).stop_tokens
         self.processors = [one.processors for one in rules]

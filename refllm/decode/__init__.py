@@ -7,7 +7,8 @@ and a detokenizer turns token ids into text. Read ``sampling`` first.
 3. ``penalties``: repetition, presence and frequency penalties.
 4. ``constraint``: which tokens a grammar allows, and its states along an output;
    ``grammar/`` compiles grammars.
-5. ``logits_processors``: the grammar's mask, biases, bad words, penalties and the user's own, in their order.
+5. ``logits_processors``: the grammar's mask, biases, bad words, penalties and the user's own, in
+   their order.
 6. ``margin``: how far logits may move before a sampled token changes.
 7. ``logprobs``: log-probabilities of outputs and prompts.
 8. ``generate``: prefill and decode of a static batch.

@@ -87,6 +87,19 @@ class _Trail(NamedTuple):
     tokens: list[int]
     states: list[Any]
 
+    def shared_length(self, output: Sequence[int]) -> int:
+        """How many first tokens ``output`` shares, by bisection: slices are compared fast."""
+        low = 0
+        high = min(len(self.tokens), len(output))
+        middle = high  # all of them, as a rule
+        while low < high:
+            if self.tokens[low:middle] == list(output[low:middle]):
+                low = middle
+            else:
+                high = middle - 1
+            middle = (low + high + 1) // 2
+        return low
+
 
 def check_constraint(constraint: object, *, jumps: bool = False) -> None:
     """InputError unless ``constraint`` is None or has the methods of a ``Constraint``; with
@@ -253,7 +266,7 @@ class ConstraintStates:
         """
         if not self._trails:
             self._trails.append(_Trail([], [self._start()]))
-        lengths = [common_prefix_length(trail.tokens, output) for trail in self._trails]
+        lengths = [trail.shared_length(output) for trail in self._trails]
         shared = max(lengths)
         at = lengths.index(shared)
         trail = self._trails[at]
@@ -291,18 +304,3 @@ def count_legal(mask: Mask, tokens: Iterable[int] | None = None) -> int:
 def stacked(masks: Sequence[Mask]) -> npt.NDArray[np.bool_]:
     """bool[len(masks), V], on the host."""
     return np.stack(masks)
-
-
-def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many first tokens two sequences share.
-
-    >>> common_prefix_length([5, 6, 7], [5, 6, 8, 9])
-    2
-    """
-    n = min(len(a), len(b))
-    same = max(0, n - 16)  # they differ near the end, if at all: compare the rest at once
-    if list(a[:same]) != list(b[:same]):
-        same = 0
-    while same < n and a[same] == b[same]:
-        same += 1
-    return same

@@ -189,7 +189,8 @@ class Request:
                 f"got {self.best_of}"
             )
         check_min_tokens(self.output, self.max_tokens)
-        check_constraint(self.grammar, jumps=self.jump_forward)
+        if self.grammar is not None or self.jump_forward:
+            check_constraint(self.grammar, jumps=self.jump_forward)
         if self.jump_forward and (self.beam or self.best_of or self.output.logprobs is not None):
             raise InputError(
                 "jump_forward appends tokens without their log-probabilities: leave out logprobs, "

@@ -20,8 +20,8 @@ from refllm.decode.constraint import (
     ConstraintFailure,
     ConstraintStates,
     NoTokenLeft,
+    _Trail,
     check_constraint,
-    common_prefix_length,
 )
 from refllm.decode.logits_processors import LogitsProcessors, Row, process_rows
 from refllm.decode.sampling_params import SamplingParams
@@ -176,10 +176,10 @@ def test_what_is_no_constraint_is_rejected():
 
 
 @given(a=st.lists(st.integers(0, 1)), b=st.lists(st.integers(0, 1)), n=st.integers(0, 40))
-def test_a_common_prefix_is_the_longest(a, b, n):
+def test_what_two_outputs_share_is_their_longest_common_prefix(a, b, n):
     a = [0] * n + a
     b = [0] * n + b
-    same = common_prefix_length(a, b)
+    same = _Trail(a, []).shared_length(tuple(b))
     assert a[:same] == b[:same]
     assert same == min(len(a), len(b)) or a[same] != b[same]
 

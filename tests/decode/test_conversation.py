@@ -95,7 +95,7 @@ def test_the_tokens_that_the_model_chose_stay(monkeypatch):
     assert len(canonical) < len(letters)
     conversation = CHATML.conversation()
 
-    def spell(prompt, max_tokens, sampling, rng):
+    def spell(*arguments):
         yield from [*letters, CHATML.config.eos_token_ids[0]]
 
     monkeypatch.setattr(conversation.sequence, "generate", spell)

@@ -14,11 +14,10 @@ from drafting import SAMPLED, SMALL, next_logits, random_model, use_exact_draws
 from enumeration import exact_distribution
 from networks import EPS, NETWORKS, tolerance
 from refllm.checkpoints.tokenizer import Tokenizer
-from refllm.decode.constraint import common_prefix_length
 from refllm.decode.sampling import process_logits
 from refllm.decode.sampling_params import GREEDY, SamplingParams
 from refllm.decode.speculative.control_drafters import AdversarialDrafter, PerfectDrafter
-from refllm.decode.speculative.interface import DraftRequest, check_vocabulary
+from refllm.decode.speculative.interface import DraftRequest, check_vocabulary, common_prefix_length
 from refllm.decode.speculative.jacobi_drafter import JacobiDrafter
 from refllm.decode.speculative.model_drafter import ModelDrafter
 from refllm.decode.speculative.ngram_drafter import NGramDrafter

@@ -56,6 +56,7 @@ HOST = {
     "decode.fast.captured_step": OVERHEAD,
     "decode.fast.single_token": OVERHEAD,
     "decode.constraint": "masks of grammars are host data; a step moves those of its rows at once",
+    "decode.grammar": "automata are host data; so are the masks that they give",
     "decode.generate": "prompts are lists; the device gets one array per step",
 }
 TYPES = {
@@ -142,7 +143,7 @@ def allowed(module: str, function: str) -> str | None:
     """The entry of HOST that allows NumPy there, if one does."""
     for entry in HOST:
         name, _, qualified = entry.partition(":")
-        if name == module and (
+        if name in (module, module.rpartition(".")[0]) and (
             not qualified or function == qualified or function.startswith(qualified + ".")
         ):
             return entry

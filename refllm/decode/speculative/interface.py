@@ -115,6 +115,21 @@ class Drafter(Protocol):
         """
 
 
+def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many first tokens two sequences share.
+
+    >>> common_prefix_length([5, 6, 7], [5, 6, 8, 9])
+    2
+    """
+    n = min(len(a), len(b))
+    same = max(0, n - 16)  # they differ near the end, if at all: compare the rest at once
+    if list(a[:same]) != list(b[:same]):
+        same = 0
+    while same < n and a[same] == b[same]:
+        same += 1
+    return same
+
+
 def checked_gamma(gamma: int) -> int:
     """γ as an int; ValueError if it is not an integer of 1 or more."""
     if not isinstance(gamma, (int, np.integer)) or gamma < 1:

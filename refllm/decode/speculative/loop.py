@@ -157,7 +157,9 @@ def _speculate(
         # a step emits up to count + 1 tokens
         count = min(drafter.gamma, end - len(tokens) - 1)
         proposal: Proposal | TreeProposal = NO_DRAFTS
-        if count > 0:
+        if count > 0 and constraint is None:
+            proposal = drafter.propose(tokens.copy(), count, sampling, rng)
+        elif count > 0:
             request = DraftRequest(tokens.copy(), count, sampling, rng, 0, constraint)
             proposal = propose_legal(drafter, request)
         new = [tokens[-1], *proposal.tokens]  # the last token is not cached yet

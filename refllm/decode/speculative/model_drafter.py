@@ -22,7 +22,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from refllm.backend import Array, asarray_like, namespace
-from refllm.decode.constraint import common_prefix_length
 from refllm.decode.fast import single_token
 from refllm.decode.fast.captured_step import make_decode_step
 from refllm.decode.sampling import distribution, draw
@@ -34,6 +33,7 @@ from refllm.decode.speculative.interface import (
     ModelLike,
     Proposal,
     checked_gamma,
+    common_prefix_length,
 )
 from refllm.errors import InputError
 from refllm.kv.contiguous import ContiguousCache
