@@ -22,11 +22,13 @@ Left out: drafts for tokens that are illegal by bad words or ``min_tokens``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from refllm.backend import Array, asarray_like, namespace
 from refllm.decode.constraint import Mask
 from refllm.decode.speculative.interface import (
     NO_DRAFTS,
+    ConstrainedDrafter,
     DraftConstraint,
     Drafter,
     DraftRequest,
@@ -42,7 +44,8 @@ def propose_legal(drafter: Drafter, request: DraftRequest) -> Proposal | TreePro
     if constraint is None:
         return drafter.propose(tokens, count, sampling, rng)
     if getattr(drafter, "constrains", False):
-        return drafter.propose(tokens, count, sampling, rng, constraint=constraint)  # type: ignore[call-arg]
+        knowing = cast(ConstrainedDrafter, drafter)
+        return knowing.propose(tokens, count, sampling, rng, constraint=constraint)
     return legal_part(drafter.propose(tokens, count, sampling, rng), request)
 
 

@@ -93,9 +93,8 @@ class ModelLike(Protocol):
 
 class Drafter(Protocol):
     """What generation and engine ask of a drafter. One that may propose a tree says so by
-    ``trees = True``; one whose ``propose`` takes ``constraint=DraftConstraint(…)``, and draws from
-    what it allows, by ``constrains = True``. Of other proposals the legal part is used
-    (``constrained.legal_part``).
+    ``trees = True``; a ``ConstrainedDrafter`` by ``constrains = True``. Of what other drafters
+    propose under a grammar the legal part is used (``constrained.legal_part``).
     """
 
     gamma: int  # drafts per step, unless fewer are asked for
@@ -113,6 +112,21 @@ class Drafter(Protocol):
 
         It is not called after a tree, nor after an empty proposal.
         """
+
+
+class ConstrainedDrafter(Drafter, Protocol):
+    """A drafter that knows grammars: its ``constrains`` is True."""
+
+    def propose(
+        self,
+        tokens: Sequence[int],
+        count: int,
+        sampling: SamplingParams,
+        rng: np.random.Generator,
+        *,
+        constraint: DraftConstraint | None = None,
+    ) -> Proposal | TreeProposal:
+        """Drafts that the constraint allows, and the q that is restricted to such."""
 
 
 def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
