@@ -14,6 +14,8 @@ layer), and its class for whole models.
 | awq, awq_model   | AWQ: scale and clip search on one weight; on a decoder layer      |
 | salience         | the experiment that AWQ starts from: keep 1 % of the channels     |
 | smoothquant      | SmoothQuant: weights and activations in 8 bits                    |
+| hadamard         | Hadamard matrices, and the fast transform by them                 |
+| rotation         | QuaRot, SpinQuant without learning: rotate outliers away          |
 | llm_int8         | LLM.int8(): outlier columns in floating point                     |
 | fp8              | 8-bit floats, current and delayed scales                          |
 | observers        | the range of a tensor from its batches                            |
@@ -29,8 +31,9 @@ layer), and its class for whole models.
 | to_gguf          | checkpoints to GGUF files                                         |
 | worker_pool      | independent pieces of work on several processes, in order         |
 
-``gptq``, ``hessian``, ``obq``, ``rtn``, ``fp8`` and ``export`` are here the functions, not the
-modules of the same names: import from a module with ``from refllm.quant.gptq import …``.
+``gptq``, ``hadamard``, ``hessian``, ``obq``, ``rtn``, ``fp8`` and ``export`` are here the
+functions, not the modules of the same names: import from a module with
+``from refllm.quant.gptq import …``.
 """
 
 from refllm.quant.awq import search_clip, search_scale
@@ -38,6 +41,7 @@ from refllm.quant.column_quantizer import GPTQResult
 from refllm.quant.export import export
 from refllm.quant.fp8 import fp8
 from refllm.quant.gptq import gptq
+from refllm.quant.hadamard import hadamard, hadamard_transform
 from refllm.quant.hessian import Hessian, hessian
 from refllm.quant.imatrix import importance
 from refllm.quant.layer_inputs import calibration_windows
@@ -47,6 +51,7 @@ from refllm.quant.mse_range import mse_range
 from refllm.quant.obq import obq
 from refllm.quant.observers import MSE, Entropy, MinMax, MovingAverage, Percentile
 from refllm.quant.recipe import METHODS, quantize_layers, quantize_model
+from refllm.quant.rotation import Rotations, rotate
 from refllm.quant.rtn import rtn
 from refllm.quant.smoothquant import migration_scale, smooth_layer, w8a8
 from refllm.quant.to_gguf import convert
@@ -63,12 +68,15 @@ __all__ = [
     "OutlierStatistics",
     "Percentile",
     "Report",
+    "Rotations",
     "TensorReport",
     "calibration_windows",
     "convert",
     "export",
     "fp8",
     "gptq",
+    "hadamard",
+    "hadamard_transform",
     "hessian",
     "importance",
     "int8_matmul",
@@ -77,6 +85,7 @@ __all__ = [
     "obq",
     "quantize_layers",
     "quantize_model",
+    "rotate",
     "rtn",
     "search_clip",
     "search_scale",

@@ -69,6 +69,7 @@ from refllm.model.config import ModelConfig
 from refllm.model.llama import PROJECTIONS, Layer, Weights, projection_name
 from refllm.model.weights import Dense, Linear
 from refllm.quant.llm_int8 import Int8Linear
+from refllm.quant.rotation import RotatedLinear
 
 Read = Callable[[str], np.ndarray]
 
@@ -283,6 +284,11 @@ def export_spec_for(
     for index, layer in enumerate(weights["layers"]):
         for key in PROJECTIONS:
             name = projection_name(index, key)
+            if isinstance(layer[key], RotatedLinear):
+                raise CheckpointError(
+                    f"export: {name} reads a Hadamard transform at run time, which no checkpoint "
+                    "format has: rotate with Rotations(mlp=False)"
+                )
             plain.add((key, isinstance(layer[key], Dense)))
             if not isinstance(layer[key], Dense):
                 kinds.setdefault(_kind(storable(layer[key], name), layout), name)

@@ -45,6 +45,8 @@ from refllm.model.config import ModelConfig
 from refllm.model.layers import rms_norm, rope_table, swiglu
 from refllm.model.llama import SAME_INPUT, Layer, mixed_heads, projection_name
 from refllm.model.rope import rope_frequencies
+from refllm.quant.hadamard import hadamard_transform
+from refllm.quant.rotation import ROTATED
 
 __all__ = ["STAGES", "Batch", "Calibration", "LayerRun", "LayerSource", "calibration_windows",
            "embed", "sequences", "walk"]  # fmt: skip
@@ -147,7 +149,8 @@ class LayerRun:
         h = rms_norm(batch.x, layer["post_attention_layernorm"], eps)
         if self.stage == 2:
             return h
-        return swiglu(layer["gate_proj"].matmul(h), layer["up_proj"].matmul(h))  # [T, F]
+        x = swiglu(layer["gate_proj"].matmul(h), layer["up_proj"].matmul(h))  # [T, F]
+        return hadamard_transform(x) if ROTATED in layer else x
 
     def _advance(self) -> None:
         """Compute the current stage for every batch."""

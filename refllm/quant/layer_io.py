@@ -58,6 +58,7 @@ from refllm.model.weights import Dense
 from refllm.quant.export import ExportSpec, checkpoint_names
 from refllm.quant.layer_inputs import LayerSource
 from refllm.quant.methods import TensorReport
+from refllm.quant.rotation import unwrap_rotated
 
 SETTINGS = "settings.json"
 
@@ -84,7 +85,7 @@ class ModelSource:
         ValueError if a projection is quantised already: its rounding errors would be rounded
         again.
         """
-        layer: Layer = dict(self.weights["layers"][index])
+        layer = unwrap_rotated(self.weights["layers"][index])
         for name in PROJECTIONS:
             if not isinstance(layer[name], Dense):
                 raise InputError(

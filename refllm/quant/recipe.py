@@ -44,6 +44,7 @@ from refllm.quant.layer_inputs import Batch, Calibration, LayerRun, LayerSource,
 from refllm.quant.layer_io import CheckpointSource, MemorySink, ModelSource
 from refllm.quant.llm_int8 import Int8
 from refllm.quant.methods import Method, Report, ReportTensor, TensorReport
+from refllm.quant.rotation import wrap_rotated
 from refllm.quant.rtn import RTN
 from refllm.quant.smoothquant import SmoothQuant
 
@@ -150,7 +151,7 @@ def quantize_model(
     report = quantize_layers(
         source, sink, method, scheme, calibration, progress=progress, **options
     )
-    weights = record.weights | {"layers": sink.layers}
+    weights = record.weights | {"layers": [wrap_rotated(layer) for layer in sink.layers]}
     if dataclasses.is_dataclass(record):
         result: Any = dataclasses.replace(record, weights=weights)  # type: ignore[type-var]
     else:
