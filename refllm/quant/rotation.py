@@ -176,7 +176,8 @@ def rotate(model: M, rotations: Rotations | None = None) -> M:
     }
     untied = dataclasses.replace(config, tie_word_embeddings=False)
     if dataclasses.is_dataclass(record):
-        result: M = dataclasses.replace(record, config=untied, weights=made)
+        replaced: Any = dataclasses.replace(record, config=untied, weights=made)  # type: ignore[type-var]
+        result: M = replaced
         return result
     changed = copy.copy(model)
     vars(changed).update(config=untied, weights=made)
