@@ -176,8 +176,8 @@ def rotate(model: M, rotations: Rotations | None = None) -> M:
     }
     untied = dataclasses.replace(config, tie_word_embeddings=False)
     if dataclasses.is_dataclass(record):
-        replaced: Any = dataclasses.replace(record, config=untied, weights=made)  # type: ignore[type-var]
-        result: M = replaced
+        replace: Any = dataclasses.replace  # M is any record: no type of a dataclass
+        result: M = replace(record, config=untied, weights=made)
         return result
     changed = copy.copy(model)
     vars(changed).update(config=untied, weights=made)
