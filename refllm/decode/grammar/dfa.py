@@ -189,6 +189,10 @@ class DFA:
         """Whether the language has finitely many words: no live state can be reached again."""
         return len(self._heights) == self.states
 
+    def bounded(self, state: int) -> bool:
+        """Whether finitely many words are accepted from a state."""
+        return state in self._heights
+
     @cached_property
     def _heights(self) -> dict[int, int]:
         """The length of the longest word from each state from which words are bounded."""

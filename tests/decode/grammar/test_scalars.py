@@ -1,0 +1,81 @@
+"""Scalar shapes as terminals, with and without forbidden values."""
+
+from __future__ import annotations
+
+import json
+
+from hand_made_shapes import HandMade, few, words
+from hypothesis import given
+from hypothesis import strategies as st
+
+from refllm.decode.grammar.alphabet import BYTES, CHARACTERS
+from refllm.decode.grammar.automaton import accepting, enter, step
+from refllm.decode.grammar.dfa_builders import anything, from_words
+from refllm.decode.grammar.dfa_operations import difference
+from refllm.decode.grammar.json_values import freeze
+from refllm.decode.grammar.scalars import Scalars, number_texts
+from refllm.decode.grammar.shapes import NumberShape, StringShape, ValueShapes
+
+ALL = [None, True, False, "", "a", "ab", "é", 0, 1, 1.5, -2]
+some_values = st.lists(st.sampled_from(ALL), unique_by=json.dumps)
+
+
+def reads(shapes: ValueShapes, text: str, forbidden=None) -> bool | None:
+    """Whether some terminal accepts the text; None if it is not even the beginning of one."""
+    state = enter((terminal, None) for terminal in Scalars().terminals(shapes, forbidden))
+    for byte in text.encode():
+        state = None if state is None else step(state, byte)
+    return None if state is None else accepting(state)
+
+
+@given(some_values, some_values)
+def test_of_few_values_the_forbidden_ones_are_taken_out(allowed, forbidden) -> None:
+    shapes = HandMade().expand(few(*allowed))
+    without = frozenset(map(freeze, forbidden))
+    for value in ALL:
+        fits = freeze(value) in set(map(freeze, allowed)) - without
+        assert bool(reads(shapes, json.dumps(value, ensure_ascii=False), without)) == fits
+        if isinstance(value, int) and not isinstance(value, bool):
+            assert bool(reads(shapes, f"{value}.0", without)) == fits
+
+
+def test_only_text_without_other_ways_on_is_taken_out() -> None:
+    strings = ValueShapes(strings=(StringShape(anything(CHARACTERS)),))
+    assert reads(strings, '"ab"', frozenset({"ab"})), "the frame below rejects it when it ends"
+    counted = ValueShapes(strings=(StringShape(anything(CHARACTERS), 1, 2),))
+    assert reads(counted, '"ab', frozenset({"ab"})) is None, "nothing but the quote may follow"
+    assert reads(counted, '"a"', frozenset({"ab"}))
+    assert not reads(counted, '"abc"', frozenset())
+    assert not reads(counted, '""', frozenset())
+
+
+def test_all_texts_of_a_number_are_one_value() -> None:
+    numbers = from_words({b"1": 1, b"1.0": 1, b"-0": 1, b"0.0": 1, b"12": 1}, size=BYTES)
+    shapes = ValueShapes(numbers=(NumberShape(numbers),))
+    assert reads(shapes, "1", frozenset({1.0})) is False, "12 begins so"
+    assert reads(shapes, "1.", frozenset({1})) is None
+    assert reads(shapes, "-", frozenset({0})) is None
+    assert reads(shapes, "12", frozenset({0, 1}))
+
+
+@given(st.integers() | st.floats(allow_nan=False, allow_infinity=False))
+def test_the_texts_of_a_number_are_read_as_it(value) -> None:
+    texts = number_texts(value)
+    assert json.dumps(value).encode() in texts
+    for text in texts:
+        assert float(json.loads(text)) == float(value)
+        if isinstance(value, int):
+            assert json.loads(text) == value or abs(value) > 2**53
+
+
+def test_text_is_kept_where_values_are_compared() -> None:
+    shapes = HandMade().expand(few(*ALL))
+    assert all(terminal.capture for terminal in Scalars().terminals(shapes, frozenset()))
+    assert not any(terminal.capture for terminal in Scalars().terminals(shapes, None))
+
+
+def test_terminals_of_one_shape_are_equal() -> None:
+    scalars = Scalars()
+    rest = difference(anything(CHARACTERS), words("a"))
+    shapes = ValueShapes(frozenset({"null"}), (StringShape(rest), StringShape(rest, 1, 3)))
+    assert list(scalars.terminals(shapes, None)) == list(scalars.terminals(shapes, None))
