@@ -39,7 +39,6 @@ from refllm.decode.grammar.rules import (
     Reference,
     Repetition,
     RuleSet,
-    cases,
 )
 
 Nodes = tuple[Expression, ...]
@@ -128,14 +127,12 @@ def ends(terminal: Expression, text: str, begin: int) -> list[int]:
     match terminal:
         case Literal(wanted, ignore_case):
             found = text[begin : begin + len(wanted)]
-            same = len(found) == len(wanted) and all(
-                letter in (cases(each) if ignore_case else (each,))
-                for each, letter in zip(wanted, found, strict=True)
-            )
+            flags = re.IGNORECASE if ignore_case else 0
+            same = re.fullmatch(re.escape(wanted), found, flags) is not None
             return [begin + len(wanted)] if same else []
-        case Characters(ranges):
+        case Characters(members):
             code = ord(text[begin]) if begin < len(text) else -1
-            return [begin + 1] if any(first <= code <= last for first, last in ranges) else []
+            return [begin + 1] if any(low <= code <= high for low, high in members) else []
         case Pattern(source, flags):
             pattern = re.compile(f"(?{flags}:{source})" if flags else source)
             lengths = range(begin, len(text) + 1)

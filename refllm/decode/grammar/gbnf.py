@@ -32,23 +32,23 @@ from __future__ import annotations
 
 import re
 
+from refllm.decode.grammar.alphabet import SURROGATES
 from refllm.decode.grammar.rules import (
     Characters,
     Concatenation,
     Expression,
     Literal,
     Reference,
-    Repetition,
     Rule,
     RuleSet,
     alternatives,
-    any_but,
     concatenation,
     is_character,
     missing_start,
     repeated,
 )
 from refllm.decode.grammar.scanner import DIGITS, Scanner
+from refllm.decode.grammar.unicode_classes import ANY, joined, without
 
 START = "root"
 NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -126,7 +126,7 @@ def _element(scanner: Scanner) -> Expression | None:
     if scanner.take("("):
         return _group(scanner)
     if scanner.take("."):
-        return Characters(any_but(()))
+        return Characters(ANY)
     position = scanner.position()
     name = scanner.match(NAME)
     if name is not None:
@@ -138,6 +138,7 @@ def _element(scanner: Scanner) -> Expression | None:
 
 def _repeated(scanner: Scanner, element: Expression) -> Expression:
     """The element with the repetitions that follow it, of which there may be several."""
+    result = element
     while True:
         scanner.skip_in_rule()
         operator = next((each for each in OPERATORS if scanner.take(each)), None)
@@ -146,10 +147,10 @@ def _repeated(scanner: Scanner, element: Expression) -> Expression:
         elif scanner.take("{"):
             minimum, maximum = _counts(scanner)
         else:
-            return element
-        nested = isinstance(element, Repetition)
-        element = repeated(element, minimum, maximum)
-        if nested and isinstance(element.item, Repetition):
+            return result
+        first = result is element
+        result = repeated(result, minimum, maximum)
+        if not first and result.item is not element:
             raise scanner.error("counted repetitions of a repetition need parentheses")
 
 
@@ -205,8 +206,8 @@ def _characters(scanner: Scanner) -> Characters:
         ranges.append((first, last))
     if not ranges:
         raise scanner.error("a set without characters", begin)
-    outside = any_but(tuple(ranges))
-    return Characters(outside if negated else any_but(outside))
+    members = joined(ranges)
+    return Characters(without(ANY, members) if negated else without(members, [SURROGATES]))
 
 
 def _character(scanner: Scanner, begin: int, what: str) -> str:

@@ -10,7 +10,7 @@ r"""The common part of Lark's grammar syntax: text to rules.
 |-----------------------------|----------------------------------------------------------------|
 | ``"text"`` ``"text"i``      | the text; in any letter case                                   |
 | ``"a".."z"``                | one character of the range                                     |
-| ``/regex/ims``              | what the regular expression matches as a whole (Python's syntax) |
+| ``/regex/is``               | what the regular expression matches as a whole (Python's syntax) |
 | ``rule`` ``TERMINAL``       | the texts of that rule, of that terminal                       |
 | ``( ... )`` ``... | ...``   | a group, alternatives; an alternative may be empty             |
 | ``[ ... ]``                 | an optional group                                              |
@@ -32,7 +32,7 @@ Source: Lark's documentation, "Grammar Reference". Differences: lines may break 
 groups, and terminals may match the empty text.
 
 Left out, and rejected by name: templates, ``%declare``, ``%override``, ``%extend``, imports of
-other modules and of files, and the flags ``l``, ``u`` and ``x``.
+other modules and of files, and flags of regular expressions other than i and s.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+from refllm.decode.grammar.alphabet import SURROGATES
 from refllm.decode.grammar.lark_literals import read_pattern, read_string
 from refllm.decode.grammar.lark_terminals import COMMON
 from refllm.decode.grammar.rules import (
@@ -59,6 +60,7 @@ from refllm.decode.grammar.rules import (
     missing_start,
 )
 from refllm.decode.grammar.scanner import DIGITS, Scanner
+from refllm.decode.grammar.unicode_classes import without
 from refllm.errors import did_you_mean
 
 START = "start"
@@ -286,7 +288,7 @@ def _string_or_range(scanner: Scanner) -> Expression:
         raise scanner.error("the ends of a range are one character each, without flags", begin)
     if last < text:
         raise scanner.error(f"the range {text!r} to {last!r} is empty", begin)
-    return Characters(((ord(text), ord(last)),))
+    return Characters(without(((ord(text), ord(last)),), [SURROGATES]))
 
 
 def _repetition(scanner: Scanner, element: Expression) -> Expression:

@@ -1,4 +1,4 @@
-"""What can be said of a grammar's rules before any automaton is built: missing names, rules that
+"""What the rules alone tell, before any automaton is built: missing names, rules that
 no text needs, and the order in which rules can be worked on.
 
 Sources: Hopcroft and Ullman, "Introduction to Automata Theory, Languages, and Computation" (1979),

@@ -4,7 +4,7 @@
 | node            | its texts                                                                |
 |-----------------|--------------------------------------------------------------------------|
 | `Literal`       | one text; with ``ignore_case`` also in other letter case                 |
-| `Characters`    | any one character of some ranges                                         |
+| `Characters`    | any one character of a set                                                  |
 | `Pattern`       | what a regular expression matches as a whole                             |
 | `Reference`     | the texts of the rule of that name                                       |
 | `Concatenation` | one text of each item, one after the other; without items the empty text |
@@ -17,17 +17,16 @@ refer to each other in chains of any length.
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
+from refllm.decode.grammar.alphabet import CHARACTERS, SURROGATES
 from refllm.decode.grammar.errors import GrammarError
+from refllm.decode.grammar.unicode_classes import Set
 from refllm.errors import did_you_mean
 
 MAX_DEPTH = 64  # of groups within groups, in one rule
-LAST_CHARACTER = 0x10FFFF
-SURROGATES = (0xD800, 0xDFFF)  # code points that UTF-8 does not encode
 
 
 class Position(NamedTuple):
@@ -42,7 +41,7 @@ class Position(NamedTuple):
 
 @dataclass(frozen=True)
 class Literal:
-    """One text. ``ignore_case`` adds the other case of each letter, of ASCII letters in ASCII."""
+    """One text; with ``ignore_case`` each letter in any case, as ``re.IGNORECASE`` has it."""
 
     text: str
     ignore_case: bool = False
@@ -50,14 +49,14 @@ class Literal:
 
 @dataclass(frozen=True)
 class Characters:
-    """One character: ``ranges`` of code points, both ends included, ascending and disjoint."""
+    """One character out of ``members``, ranges of code points with both ends included."""
 
-    ranges: tuple[tuple[int, int], ...]
+    members: Set
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """A regular expression in Python's syntax; ``flags`` are of the letters i, m and s."""
+    """A regular expression in Python's syntax; ``flags`` are of the letters i and s."""
 
     source: str
     flags: str
@@ -120,7 +119,7 @@ class RuleSet:
     rules: dict[str, Rule]
 
 
-def repeated(item: Expression, minimum: int, maximum: int | None) -> Expression:
+def repeated(item: Expression, minimum: int, maximum: int | None) -> Repetition:
     """``minimum`` to ``maximum`` items. The operators ``?``, ``*`` and ``+`` of such an operator
     become one of them.
 
@@ -167,58 +166,10 @@ def references(node: Expression) -> Iterator[Reference]:
 
 def is_character(code: int) -> bool:
     """Whether UTF-8 encodes this code point."""
-    return code <= LAST_CHARACTER and not SURROGATES[0] <= code <= SURROGATES[1]
+    return code < CHARACTERS and not SURROGATES[0] <= code <= SURROGATES[1]
 
 
 def missing_start(start: str, names: Iterable[str]) -> GrammarError:
     """The error of a grammar without its first rule."""
     near = did_you_mean(start, names)
     return GrammarError(f"the grammar has no rule {start!r}, from which texts are derived{near}")
-
-
-def any_but(ranges: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
-    """The ranges of all characters that lie in none of ``ranges``; surrogates lie in no range.
-
-    >>> any_but(((0, 96), (98, 0x10FFFF)))
-    ((97, 97),)
-    """
-    found = []
-    low = 0
-    for first, last in normal_ranges([*ranges, SURROGATES]):
-        if low < first:
-            found.append((low, first - 1))
-        low = last + 1
-    if low <= LAST_CHARACTER:
-        found.append((low, LAST_CHARACTER))
-    return tuple(found)
-
-
-def normal_ranges(ranges: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """The same characters in ascending ranges with gaps between them."""
-    merged: list[tuple[int, int]] = []
-    for first, last in sorted(ranges):
-        if merged and first <= merged[-1][1] + 1:
-            merged[-1] = (merged[-1][0], max(last, merged[-1][1]))
-        else:
-            merged.append((first, last))
-    return tuple(merged)
-
-
-def cases(character: str) -> tuple[str, ...]:
-    """A character and its other letter cases, where those are one character too.
-
-    An ASCII letter stays in ASCII: "k" is not the Kelvin sign, as it is in Python's ``re``.
-
-    >>> cases("k"), cases("é"), cases("ß"), cases("1")
-    (('K', 'k'), ('É', 'é'), ('ß', 'ẞ'), ('1',))
-    """
-    if character.isascii():
-        return tuple(sorted({character.lower(), character.upper()}))
-    folded = character.casefold()
-    found = {character}
-    for other in (character.lower(), character.upper(), unicodedata.normalize("NFC", folded)):
-        if len(other) == 1 and other.casefold() == folded:
-            found.add(other)
-    if character == "ß":  # its capital letter is newer than its upper case, "SS"
-        found.add("ẞ")
-    return tuple(sorted(found))
