@@ -176,7 +176,8 @@ def rotate(model: M, rotations: Rotations | None = None) -> M:
     }
     untied = dataclasses.replace(config, tie_word_embeddings=False)
     if dataclasses.is_dataclass(record):
-        result: M = dataclasses.replace(record, config=untied, weights=made)
+        replace: Any = dataclasses.replace  # M is any record: no type of a dataclass
+        result: M = replace(record, config=untied, weights=made)
         return result
     changed = copy.copy(model)
     vars(changed).update(config=untied, weights=made)

@@ -167,9 +167,9 @@ class PositionAutomaton:
         self._connect(a.last, b.first)
         result = Fragment({x | y for x in a.empty for y in b.empty}, a.first, b.last)
         for condition in a.empty:
-            _add(result.first, {condition | other: set_ for other, set_ in b.first.items()})
+            _add(result.first, b.first, condition)
         for condition in b.empty:
-            _add(result.last, {condition | other: set_ for other, set_ in a.last.items()})
+            _add(result.last, a.last, condition)
         return result
 
     def _repeat(self, node: Repeat) -> Fragment:
@@ -198,7 +198,8 @@ class PositionAutomaton:
         return result
 
 
-def _add(edges: Conditional, more: Conditional) -> None:
-    """Join sets of positions into ``edges``, condition by condition."""
-    for condition, positions in more.items():
-        edges[condition] = edges.get(condition, 0) | positions
+def _add(edges: Conditional, more: Conditional, condition: int = 0) -> None:
+    """Join sets of positions into ``edges``, under their own condition and one more."""
+    for own, positions in more.items():
+        both = own | condition
+        edges[both] = edges.get(both, 0) | positions
