@@ -36,6 +36,7 @@ from refllm.decode.completion import CompletionOutput, OutputReader, output_rule
 from refllm.decode.constraint import Constraint, check_constraint
 from refllm.decode.conversation import ANSWER_TOKENS, Conversation
 from refllm.decode.generate import check_max_tokens, generate_tokens
+from refllm.decode.jump_forward import JumpForward, NoDrafter
 from refllm.decode.output_params import (
     GenerateOptions,
     OutputParams,
@@ -441,6 +442,18 @@ class Model:
         """New tokens of one prompt, one by one; a step that accepts drafts yields several in
         a row. The arguments are checked at the call.
         """
+        jump = None
+        if jump_forward:
+            check_constraint(run.grammar, jumps=True)
+            if run.params.logprobs is not None:
+                raise InputError(
+                    "jump_forward appends tokens without their log-probabilities: leave out "
+                    "logprobs, or jump_forward"
+                )
+            constraint = run.processors[0].constraint
+            assert constraint is not None
+            jump = JumpForward(constraint, self.tokenizer)
+            drafter = drafter or NoDrafter()
         if drafter is None:
             batches = generate_tokens(
                 self.weights,
@@ -468,15 +481,21 @@ class Model:
             policy=cache,
             processors=run.processors[0],
             recorder=run.recorder,
+            jump=jump,
         )
-        return _tokens_of(steps, on_step)
+        return _tokens_of(steps, on_step, run)
 
 
 def _tokens_of(
-    steps: Iterator[SpeculativeStep], on_step: Callable[[SpeculativeStep], object] | None
+    steps: Iterator[SpeculativeStep],
+    on_step: Callable[[SpeculativeStep], object] | None,
+    run: _Run,
 ) -> Iterator[int]:
-    """The tokens of speculative steps; ``on_step`` sees each step before its tokens."""
+    """The tokens of speculative steps; ``on_step`` sees each step before its tokens, and ``run``
+    counts those that were jumped over.
+    """
     for step in steps:
+        run.jumped += step.jumped
         if on_step is not None:
             on_step(step)
         yield from step.tokens
@@ -532,6 +551,8 @@ class _Run:
             if grammar is not None:
                 check_constraint(grammar)
         rules = [output_rules(self.params, self.sampling, model, one) for one in grammars]
+        self.grammar = grammars[0] if grammars else None
+        self.jumped = 0
         self.stops = output_rules(self.params, self.sampling, model).stop_tokens
         self.processors = [one.processors for one in rules]
         self.recorder = self.params.recorder(len(grammars))
@@ -546,7 +567,7 @@ class _Run:
 
     def details(self, b: int, reader: OutputReader, tokenizer: Tokenizer) -> CompletionOutput:
         """The whole output of sequence ``b``."""
-        found = reader.completion(b, tokenizer)
+        found = replace(reader.completion(b, tokenizer), jumped_tokens=self.jumped)
         if self.recorder is not None and self.params.prompt_logprobs is not None:
             found = replace(found, prompt_logprobs=self.recorder.prompts[b])
         return found

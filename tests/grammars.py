@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,54 @@ class TableGrammar:
             except InputError:
                 return False
         return state
+
+
+class WordGrammar:
+    """Some ASCII words, read token by token: the state is the text so far."""
+
+    start = ""
+
+    def __init__(self, words: Sequence[str], spellings: Sequence[str], end_tokens: Any = ()):
+        """``spellings[token]`` is the text of a token; an empty one is never legal."""
+        self.words = words
+        self.spellings = spellings
+        self.end_tokens = tuple(end_tokens)
+
+    @classmethod
+    def of(cls, words: Sequence[str], model: Any) -> WordGrammar:
+        """For the tokenizer and the end tokens of a model."""
+        ends = model.config.eos_token_ids
+        texts = [model.tokenizer.decode([token]) for token in range(model.config.vocab_size)]
+        return cls(words, ["" if t in ends else text for t, text in enumerate(texts)], ends)
+
+    def _may_follow(self, state: str | None, token: int) -> bool:
+        if state is None or token in self.end_tokens:
+            return state in self.words
+        text = self.spellings[token]
+        return bool(text) and any(word.startswith(state + text) for word in self.words)
+
+    def mask(self, state: str | None) -> np.ndarray:
+        """bool[V]."""
+        tokens = range(len(self.spellings))
+        return np.array([state is not None and self._may_follow(state, t) for t in tokens])
+
+    def advance(self, state: str | None, token: int) -> str | None:
+        """The text with the token's; None after an end token."""
+        if state is None or not self._may_follow(state, token):
+            raise InputError(f"token {token} may not follow")
+        return None if token in self.end_tokens else state + self.spellings[token]
+
+    def accepting(self, state: str | None) -> bool:
+        """Whether the text is a word."""
+        return state is None or state in self.words
+
+    def forced(self, state: str | None) -> bytes:
+        """The longest text that all words continue with, up to where one may end."""
+        if state is None or state in self.words:
+            return b""
+        rests = [word[len(state) :] for word in self.words if word.startswith(state)]
+        shared = takewhile(lambda letters: len(set(letters)) == 1, zip(*rests, strict=False))
+        return "".join(letters[0] for letters in shared).encode()
 
 
 def random_grammar(

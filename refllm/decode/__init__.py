@@ -15,8 +15,9 @@ and a detokenizer turns token ids into text. Read ``sampling`` first.
 9. ``detokenizer``: whole characters from token ids, and stop strings.
 10. ``output_params``, ``completion``: where an output ends, and what is reported of it.
 11. ``cached_sequence``, ``conversation``: a chat whose turns compute only what is new.
-12. ``speculative/``: drafters and the acceptance rules that verify them.
-13. ``fast/``: decode steps without Python's overhead; skip it on a first reading.
+12. ``jump_forward``: what a grammar forces, appended without sampling.
+13. ``speculative/``: drafters and the acceptance rules that verify them.
+14. ``fast/``: decode steps without Python's overhead; skip it on a first reading.
 """
 
 from refllm.decode.cached_sequence import CachedSequence

@@ -77,6 +77,7 @@ class BaseScheduler(ABC):
         self.steps = 0
         self.computed = 0  # tokens
         self.sampled = 0
+        self.jumped = 0  # of the sampled tokens, those that were appended without sampling
         self.preemptions = 0
         self.queried = 0  # tokens of sequences at their first admission
         self.cached = 0  # of these, found in the prefix cache
@@ -294,13 +295,14 @@ class BaseScheduler(ABC):
         first = outcome[0] if outcome else SampledTokens((), "dropped")
         tokens = list(first.tokens[: sequence.remaining])
         if sequence.drafts:
-            accepted = max(0, len(tokens) - 1)
+            accepted = max(0, len(tokens) - 1 - first.jumped)
             sequence.drafted += len(sequence.drafts)
             sequence.accepted += accepted
             sequence.work += len(sequence.drafts) - accepted
-        # Verified are the sequence's own tokens and the accepted drafts. The last token was
-        # sampled from their logits; it is not computed yet.
-        sequence.computed = length + max(0, len(tokens) - 1)
+        # Verified are the sequence's own tokens and the accepted drafts. The next token was
+        # sampled from their logits; it is not computed yet, nor what was jumped over after it.
+        sequence.computed = length + max(0, len(tokens) - 1 - first.jumped)
+        self.jumped += sum(one.jumped for one in outcome)
         sequence.drafts = []
         sequence.tokens += tokens
         if tokens and not self._commit(sequence):

@@ -408,7 +408,7 @@ def record_logprobs(
             else:
                 log_p = processed_log_probabilities(z[rows], one.params)
             assert one.num_logprobs is not None
-            for state, (tokens, _, _) in zip(one.states, outcome, strict=True):
+            for state, (tokens, *_) in zip(one.states, outcome, strict=True):
                 entries = token_logprobs(log_p, range(len(tokens)), tokens, one.num_logprobs)
                 state.logprobs += entries
         except Exception as error:

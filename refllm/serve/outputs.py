@@ -60,6 +60,11 @@ class RequestOutput:
         return sum(len(output.tokens) for output in self.outputs)
 
     @property
+    def jumped_tokens(self) -> int:
+        """Tokens of all outputs that ``jump_forward`` appended."""
+        return sum(output.jumped_tokens for output in self.outputs)
+
+    @property
     def time_to_first_token(self) -> float | None:
         """Seconds from ``submit`` to the first token; of a beam search to its end."""
         return None if self.first_token_at is None else self.first_token_at - self.submitted_at
@@ -105,6 +110,11 @@ class EngineStats:
     def sampled_tokens(self) -> int:
         """Tokens that were generated."""
         return self.scheduler.sampled
+
+    @property
+    def jumped_tokens(self) -> int:
+        """Of these, the tokens that ``jump_forward`` appended: each saved a forward pass."""
+        return self.scheduler.jumped
 
     @property
     def queried_tokens(self) -> int:

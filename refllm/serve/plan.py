@@ -226,6 +226,7 @@ class SampledTokens(NamedTuple):
     tokens: abc.Sequence[int]
     finish_reason: str | None = None
     stop_reason: int | str | None = None  # the stop token or stop string that matched
+    jumped: int = 0  # of the tokens the last ones, appended without sampling: not computed yet
 
 
 Outcome = abc.Sequence[SampledTokens]
@@ -302,7 +303,8 @@ def _check_outcome(sequence: Sequence, outcome: Outcome) -> None:
     most = 1 if drafts else sequence.slots
     if len(outcome) > 1 and (drafts or (len(outcome) > most and not sequence.request.beam)):
         raise InputError(f"{sequence} may fork into {most}, got {len(outcome)} continuations")
-    for tokens, finish_reason, _ in outcome:
+    for all_tokens, finish_reason, _, jumped in outcome:
+        tokens = all_tokens[: len(all_tokens) - jumped]
         least = 0 if finish_reason else 1
         if not least <= len(tokens) <= 1 + len(drafts):
             raise InputError(f"{sequence} yields 1 to {1 + len(drafts)} tokens, got {len(tokens)}")

@@ -21,6 +21,7 @@ import numpy as np
 
 from refllm.decode.completion import CompletionOutput, OutputRules, output_rules
 from refllm.decode.constraint import ConstraintStates
+from refllm.decode.jump_forward import JumpForward
 from refllm.decode.logprobs import TokenLogprobs
 from refllm.decode.output_params import StopTokens
 from refllm.decode.speculative.interface import DraftConstraint, Drafter, ModelLike
@@ -84,9 +85,12 @@ class SequenceState:
         detokenizer: Detokenizer | None,
         drafter: Drafter | None,
         constraint: ConstraintStates | None = None,
+        jump: JumpForward | None = None,
     ):
         self.request = request
         self.constraint = constraint
+        self.jump = jump
+        self.jumped_at: list[int] = []  # places in the output of tokens that were not sampled
         self.stops = stops
         self.logprobs: list[TokenLogprobs] = []  # of the output, if the request asks for them
         self.ended_by: int | None = None  # the end or stop token that ended the output
@@ -103,6 +107,24 @@ class SequenceState:
         return self._uniforms[position]
 
     def consume(self, tokens: abc.Sequence[int], sequence: Sequence) -> SampledTokens:
+        """What follows in ``sequence``, of the ``tokens`` that were sampled and, after them, those
+        that the grammar forces, up to where the output ends.
+        """
+        if self.jump is None:
+            return self._read(tokens, sequence)
+        output = [*sequence.output, *tokens]
+        most = sequence.remaining - len(tokens) + 1
+        if self._ending.isdisjoint(tokens):
+            replaced = self.jump.replace_last(output, most)
+            found = self._read([*tokens[:-1], *replaced], sequence)
+        else:
+            found = self._read(tokens, sequence)
+        jumped = max(0, len(found.tokens) - len(tokens))
+        end = len(sequence.output) + len(found.tokens)
+        self.jumped_at += range(end - jumped, end)
+        return found._replace(jumped=jumped)
+
+    def _read(self, tokens: abc.Sequence[int], sequence: Sequence) -> SampledTokens:
         """The next tokens of ``sequence`` up to an end or stop token, or to the one that
         completes a stop string.
         """
@@ -161,6 +183,7 @@ class SequenceState:
         """Discard what was consumed after ``output``: the step failed."""
         self.ended_by = None
         del self.logprobs[len(output) :]
+        self.jumped_at = [at for at in self.jumped_at if at < len(output)]
         if self.detokenizer is not None:
             self.detokenizer.restart(output)
 
@@ -185,6 +208,9 @@ class RequestState:
         self.stops, processors = rules or rules_of(request, model)
         self.processors = processors if processors.active else None
         self.constraint = processors.constraint
+        self.jump = None
+        if request.jump_forward and self.constraint is not None:
+            self.jump = JumpForward(self.constraint, model.tokenizer)
         self.search: BeamSearch | None = None
         if request.beam:
             detokenizer = Detokenizer(self.tokenizer, request.output) if request.stop else None
@@ -229,6 +255,7 @@ class RequestState:
                 detokenizer,
                 drafter,
                 self.constraint,
+                self.jump,
             )
             self._sequences[index] = state
         return state
@@ -372,9 +399,16 @@ class RequestState:
                 sequence.stop_reason,
                 score,
                 logprobs,
+                jumped_tokens=self._jumped(sequence, len(tokens)),
             )
         )
         return text
+
+    def _jumped(self, sequence: Sequence, length: int) -> int:
+        """How many of the first ``length`` tokens of an output were appended without sampling."""
+        if self.jump is None or sequence.index not in self._sequences:
+            return 0
+        return sum(at < length for at in self._sequences[sequence.index].jumped_at)
 
     def add_prompt_logprobs(self, start: int, entries: list[TokenLogprobs]) -> None:
         """Keep the entries of prompt tokens after position ``start``; those that are known

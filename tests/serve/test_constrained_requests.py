@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,14 @@ import enumeration
 from drafting import PROMPT as SHORT
 from drafting import SMALL, random_model, use_exact_draws
 from enumeration import exact_distribution, largest_difference
-from grammars import GRAMMARS, TableGrammar, constrained_distribution, is_complete, random_grammar
+from grammars import (
+    GRAMMARS,
+    TableGrammar,
+    WordGrammar,
+    constrained_distribution,
+    is_complete,
+    random_grammar,
+)
 from networks import NETWORKS
 from refllm.api import Model
 from refllm.decode.sampling_params import GREEDY
@@ -225,6 +233,127 @@ def test_sampled_drafts_keep_the_constrained_distribution(monkeypatch, budget, n
 
 
 GREEDY_BUT_WARM = replace(GREEDY, temperature=1.0)
+
+
+# --- jump-forward ---------------------------------------------------------------------------
+
+TEXTS = ['{"return": true}', '{"return": false, "self": 1}', "import self"]
+
+
+@pytest.mark.theorem(
+    "With jump_forward a request gets the tokens that Model.generate gives, in any batch, with "
+    "preemption, chunks and prefix caches; every jumped token is counted, and saves a pass",
+    source="serve/base_scheduler.py: what was jumped over is not computed yet",
+)
+@given(
+    seed=st.integers(0, 1000),
+    blocks=st.integers(20, 40),
+    budget=st.sampled_from([5, 12, 200]),
+    cache=st.sampled_from([None, "hash", "radix"]),
+    n=st.integers(1, 2),
+)
+def test_jumps_in_a_batch_are_those_alone(seed, blocks, budget, cache, n):
+    model = served_model(300)
+    grammar = WordGrammar.of(TEXTS, model)
+    engine = Engine(
+        model, num_blocks=blocks, block_size=4, max_batch_tokens=budget, prefix_cache=cache
+    )
+    options = {"grammar": grammar, "jump_forward": True, "temperature": 1.0}
+    for i in range(3):
+        engine.submit(Request([1, 2, 3, i], 30, i, seed=seed + i, n=n, **options))
+    engine.submit(Request([1, 2, 3, 4], 9, "free", seed=seed, temperature=1.0))
+    while engine.unfinished:
+        engine.step()
+        engine.check()
+    results = engine.results
+    for i in range(3):
+        outputs = sorted(results[i].outputs, key=lambda output: output.index)
+        for output in outputs:
+            rng = np.random.default_rng(seed + i if not output.index else [seed + i, output.index])
+            alone_ = model.generate([1, 2, 3, i], 30, rng=rng, details=True, **options)
+            assert replace(output, index=0) == alone_
+            assert output.text in TEXTS
+        assert results[i].jumped_tokens == sum(output.jumped_tokens for output in outputs)
+    assert engine.jumped_tokens == sum(result.jumped_tokens for result in results.values())
+    assert results["free"].tokens == model.generate([1, 2, 3, 4], 9, rng=seed, temperature=1.0)
+
+
+def test_a_jump_is_computed_in_one_step_and_streamed_at_once():
+    model = served_model(300)
+    grammar = WordGrammar.of(["return self if else None"], model)
+    updates: list[Any] = []
+    engine = Engine(model, num_blocks=40, block_size=4)
+    engine.submit(
+        Request([1, 2], 30, 0, grammar=grammar, jump_forward=True), lambda u: updates.append(u)
+    )
+    result = engine.run()[0]
+    canonical = model.tokenizer.encode("return self if else None")
+    assert result.tokens == canonical
+    assert (engine.steps, len(updates)) == (1, 1)
+    assert updates[0].tokens == canonical
+    assert updates[0].text == "return self if else None"
+    assert result.jumped_tokens == engine.jumped_tokens == len(canonical) - 1
+    plain = Engine(model, num_blocks=40, block_size=4)
+    plain.submit(Request([1, 2], 30, 0, grammar=grammar))
+    assert plain.run()[0].text == result.text
+    assert plain.steps >= len(canonical)
+
+
+def test_a_step_with_a_jump_that_fails_is_repeated():
+    """The jump of the step that failed is neither counted nor kept."""
+    model = served_model(300)
+    request = Request(
+        [1, 2], 30, 0, grammar=WordGrammar.of(TEXTS, model), jump_forward=True, seed=1
+    )
+    results = []
+    for fails in (False, True):
+        engine = Engine(model, num_blocks=40, block_size=4)
+        engine.submit(request)
+        update = engine.scheduler.update
+
+        def failing(plan: Any, outcomes: Any, update: Any = update, engine: Any = engine) -> Any:
+            engine.scheduler.update = update
+            raise MemoryError("planted")
+
+        if fails:
+            engine.scheduler.update = failing
+            with pytest.raises(MemoryError, match="planted"):
+                engine.step()
+        results.append(engine.run()[0].outputs)
+        engine.check()
+    assert results[0] == results[1]
+    assert results[0][0].jumped_tokens > 0
+
+
+def test_drafts_and_jumps_in_the_engine_stay_in_the_grammar():
+    model = served_model(300)
+    words = ["".join(letters) + " return self" for letters in product("xy", repeat=5)]
+    grammar = WordGrammar.of(words, model)
+    drafting = AdaptiveDrafting(ModelDrafter(model, 3, sequences=3))
+    engine = Engine(model, num_blocks=60, block_size=4, drafter=drafting, seed=0)
+    for i in range(6):
+        engine.submit(
+            Request([1, i], 40, i, grammar=grammar, jump_forward=True, temperature=1.0, seed=i)
+        )
+    while engine.unfinished:
+        engine.step()
+        engine.check()
+    assert {result.text for result in engine.results.values()} <= set(words)
+    assert engine.jumped_tokens > 0
+    assert drafting.stats.accepted > 0
+
+
+def test_what_cannot_jump_is_rejected():
+    grammar = WordGrammar.of(TEXTS, served_model(300))
+    Request([1], 4, grammar=grammar, jump_forward=True)
+    for wrong in ({"logprobs": 1}, {"best_of": 2}, {"beam": True, "n": 2}):
+        with pytest.raises(InputError, match="without their log-probabilities"):
+            Request([1], 4, grammar=grammar, jump_forward=True, **wrong)
+    with pytest.raises(InputError, match="jump_forward needs a grammar"):
+        Request([1], 4, jump_forward=True)
+    engine = Engine(served_model(300), num_blocks=40, block_size=4, policy="static")
+    with pytest.raises(InputError, match="the rows of a static batch advance one token at a time"):
+        engine.submit(Request([1], 4, grammar=grammar, jump_forward=True))
 
 
 # --- errors ---------------------------------------------------------------------------------

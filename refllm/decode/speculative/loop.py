@@ -31,6 +31,7 @@ import numpy as np
 from refllm.backend import Array, asarray_like, finite_argmax, namespace, to_numpy
 from refllm.decode.fast.captured_step import make_decode_step
 from refllm.decode.generate import check_prompts, checked_policy, choose_tokens, prefill
+from refllm.decode.jump_forward import JumpForward
 from refllm.decode.logits_processors import LogitsProcessors, Row, process_rows
 from refllm.decode.logprobs import LogprobsRecorder
 from refllm.decode.sampling import distribution
@@ -70,11 +71,19 @@ class SpeculativeStep(NamedTuple):
     accepted: int
     token: int
     judged: int | None = None  # levels of a tree that were verified
+    # tokens that stand in the place of ``token`` (``decode.jump_forward``)
+    replaced: list[int] | None = None
 
     @property
     def tokens(self) -> list[int]:
         """The tokens that the step emits."""
-        return [*self.drafts[: self.accepted], self.token]
+        last = [self.token] if self.replaced is None else self.replaced
+        return [*self.drafts[: self.accepted], *last]
+
+    @property
+    def jumped(self) -> int:
+        """Tokens that were appended without sampling."""
+        return 0 if self.replaced is None else len(self.replaced) - 1
 
 
 def speculate(
@@ -89,13 +98,15 @@ def speculate(
     policy: CachePolicy | None = None,
     processors: LogitsProcessors | None = None,
     recorder: LogprobsRecorder | None = None,
+    jump: JumpForward | None = None,
 ) -> Iterator[SpeculativeStep]:
     """Yield steps of ``max_tokens`` tokens in all; the first is the prefill's, without drafts.
     The arguments are checked at the call.
 
     Greedy output is that of ``generate_tokens``; at other temperatures the output
     distribution is. Under a cache ``policy`` this holds given the cache's contents at the
-    beginning of each step: all tokens of a step attend to those.
+    beginning of each step: all tokens of a step attend to those. ``jump`` appends what the grammar
+    of the ``processors`` forces, which changes the distribution; it cannot be recorded.
 
     ValueError for what ``generate_tokens`` rejects, and for a proposal that ``verify``
     rejects.
@@ -120,6 +131,7 @@ def speculate(
         policy,
         processors,
         recorder,
+        jump,
     )
 
 
@@ -135,6 +147,7 @@ def _speculate(
     policy: CachePolicy,
     processors: LogitsProcessors,
     recorder: LogprobsRecorder | None,
+    jump: JumpForward | None,
 ) -> Iterator[SpeculativeStep]:
     """``speculate`` with arguments that were checked."""
     end = len(prompt) + max_tokens
@@ -150,6 +163,8 @@ def _speculate(
     if recorder is not None:
         recorder.add([0], [0], step.tokens, raw, z, sampling)
     while True:
+        if jump is not None:
+            step = _with_jump(step, jump, tokens, len(prompt), end, rng)
         yield step
         tokens += step.tokens
         if len(tokens) == end:
@@ -162,9 +177,15 @@ def _speculate(
         elif count > 0:
             request = DraftRequest(tokens.copy(), count, sampling, rng, 0, constraint)
             proposal = propose_legal(drafter, request)
-        new = [tokens[-1], *proposal.tokens]  # the last token is not cached yet
+        # the last token is not cached yet, nor what was jumped over before it
+        pending = tokens[cache.lengths[0] :]
         if isinstance(proposal, TreeProposal):
             tree = proposal.tree
+            if len(pending) > 1:
+                counts = [len(pending) - 1]
+                decode_step(pending[:-1], cache.positions(counts), cache.view(counts))
+                cache.advance(counts)
+            new = [tokens[-1], *proposal.tokens]
             positions = tree.positions(cache.lengths[0])
             raw = decode_step(new, positions, cache.view_tree(0, tree))  # [m+1, V]
             z = processed_logits(raw, processors, tokens, len(prompt), proposal.tokens, tree)
@@ -174,17 +195,38 @@ def _speculate(
             rows = [0, *(node + 1 for node in path)]  # that the tokens were drawn from
             cache.advance_path(0, path)
         else:
+            new = [*pending, *proposal.tokens]
             positions = cache.positions([len(new)])
-            raw = decode_step(new, positions, cache.view([len(new)]))  # [γ+1, V]
+            raw = decode_step(new, positions, cache.view([len(new)]))
+            raw = raw[len(pending) - 1 :]  # [γ+1, V]
             z = processed_logits(raw, processors, tokens, len(prompt), proposal.tokens)
             z, failed = without_failed_rows(z)
             step, best = verify_proposal(z, proposal, sampling, rng, rule)
             step, _ = before_failed_rows(step, range(step.accepted), failed)
             rows = list(range(step.accepted + 1))
             drafter.observe(best[: min(failed, default=len(best))], step.accepted)
-            cache.advance([step.accepted + 1])
+            cache.advance([step.accepted + len(pending)])
         if recorder is not None:
             recorder.add([0] * len(rows), rows, step.tokens, raw, z, sampling)
+
+
+def _with_jump(
+    step: SpeculativeStep,
+    jump: JumpForward,
+    tokens: Sequence[int],
+    prompt_length: int,
+    end: int,
+    rng: np.random.Generator,
+) -> SpeculativeStep:
+    """The step with what is forced after it, up to ``end`` tokens; each position of the output has
+    a uniform of its own, drawn or not.
+    """
+    whole = [*tokens, *step.tokens]
+    replaced = jump.replace_last(whole[prompt_length:], end - len(whole) + 1)
+    if replaced == [step.token]:
+        return step
+    rng.random(len(replaced) - 1)
+    return step._replace(replaced=replaced)
 
 
 def verify_proposal(

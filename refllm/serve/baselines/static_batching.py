@@ -25,7 +25,7 @@ from refllm.serve.admission import FirstCome
 from refllm.serve.base_scheduler import BaseScheduler
 from refllm.serve.baselines.reservations import PaddedKVManager
 from refllm.serve.plan import PaddingRow, Plan, PlanBuilder
-from refllm.serve.request import SequenceStatus
+from refllm.serve.request import Request, SequenceStatus
 
 
 class StaticBatching(BaseScheduler):
@@ -36,6 +36,12 @@ class StaticBatching(BaseScheduler):
     def __init__(self, memory: PaddedKVManager, *, max_sequences: int | None = None):
         """Build a scheduler without a token budget."""
         super().__init__(memory, FirstCome(), None, max_sequences)
+
+    def rejection_reason(self, request: Request) -> str | None:
+        """No row of a batch can jump ahead of the others."""
+        if request.jump_forward:
+            return "jumps forward, and the rows of a static batch advance one token at a time"
+        return super().rejection_reason(request)
 
     def plan(self) -> Plan:
         """The whole prompts of a new batch, or one more token for each row of the old one."""
