@@ -80,6 +80,7 @@ class WordGrammar:
         self.words = words
         self.spellings = spellings
         self.end_tokens = tuple(end_tokens)
+        self._masks: dict[str | None, np.ndarray] = {}
 
     @classmethod
     def of(cls, words: Sequence[str], model: Any) -> WordGrammar:
@@ -96,8 +97,11 @@ class WordGrammar:
 
     def mask(self, state: str | None) -> np.ndarray:
         """bool[V]."""
-        tokens = range(len(self.spellings))
-        return np.array([state is not None and self._may_follow(state, t) for t in tokens])
+        if state not in self._masks:
+            tokens = range(len(self.spellings))
+            legal = [state is not None and self._may_follow(state, t) for t in tokens]
+            self._masks[state] = np.array(legal)
+        return self._masks[state]
 
     def advance(self, state: str | None, token: int) -> str | None:
         """The text with the token's; None after an end token."""

@@ -5,20 +5,21 @@
 
 Engines of several kinds (``ENGINES``) serve one request after the other from hardly enough
 blocks. The requests have shared prefixes, salts, temperatures, stop strings, penalties,
-priorities, several sequences or beams. Meanwhile requests are aborted at any moment of a
-step, callbacks, logits processors and drafters raise, steps fail and are rolled back, and
-prefix caches are reset. What is checked:
+priorities, grammars (some of them jump), several sequences or beams. Meanwhile requests are
+aborted at any moment of a step, callbacks, grammars, logits processors and drafters raise,
+steps fail and are rolled back, and prefix caches are reset. What is checked:
 
 | when             | what                                                                   |
 |------------------|------------------------------------------------------------------------|
 | every plan       | ``Plan.check``: budgets, slots, copies                                 |
 | every step       | ``Engine.check``: every block, sequence and cached prefix is accounted |
 | every request    | it ends once, with a reason that fits what was done to it              |
+| every output     | of a grammar is a text of it, or the beginning of one                  |
 | a sample of them | their tokens, texts and reasons are those of an engine of their own    |
 | now and then     | the memory of the process (tracemalloc) does not grow                  |
 | the end          | every block is free, and nothing is kept of any request                |
 
-Left out: grammars, heads that draft, several threads (``tests/serve/test_isolation.py``
+Left out: heads that draft, several threads (``tests/serve/test_isolation.py``
 aborts from another thread).
 """
 
@@ -39,6 +40,9 @@ from typing import Any
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
+
+from grammars import TableGrammar, WordGrammar, random_grammar
 from refllm.api import Model
 from refllm.decode.fast.captured_step import MAX_ROWS
 from refllm.decode.speculative.interface import Proposal
@@ -157,6 +161,8 @@ def make_request(rng: random.Random, name: int, drafts: bool) -> tuple[Request, 
             settings |= {"repetition_penalty": 1.3, "presence_penalty": 0.2}
         if rng.random() < 0.03:
             settings["logits_processors"] = [failing_processor(rng.randint(0, 9))]
+    if rng.random() < 0.25:
+        settings |= constrained(rng, jumps="beam" not in settings)
     if rng.random() < 0.3:
         settings["salt"] = rng.choice(["tenant", "\ud800", f"alone {name}"])
     request = Request(
@@ -166,6 +172,54 @@ def make_request(rng: random.Random, name: int, drafts: bool) -> tuple[Request, 
     if rng.random() < 0.3:
         callback = failing_callback(rng.randint(0, 60))
     return request, callback
+
+
+def constrained(rng: random.Random, jumps: bool) -> dict[str, Any]:
+    """The grammar of a request; one in twelve raises somewhere."""
+    if rng.random() < 0.08:
+        return {"grammar": FailingGrammar(rng.randint(0, 6)), "ignore_eos": False}
+    if rng.random() < 0.3:
+        return {
+            "grammar": word_grammar(),
+            "jump_forward": jumps and rng.random() < 0.7,
+            "ignore_eos": False,
+        }
+    return {"grammar": table_grammar(rng.randint(0, 40)), "ignore_eos": False}
+
+
+@cache
+def table_grammar(seed: int) -> TableGrammar:
+    """A random automaton over tokens."""
+    vocabulary = soaked_model().config.vocab_size
+    return random_grammar(seed, vocabulary, states=4, end_tokens=(5,), edges=12)
+
+
+@cache
+def word_grammar() -> WordGrammar:
+    """Words with forced parts."""
+    return WordGrammar.of(["xy", "xz", "ab cd", "ab ce", "return"], soaked_model())
+
+
+class FailingGrammar(TableGrammar):
+    """Allows every token, and raises where the output has ``at`` tokens."""
+
+    def __init__(self, at: int):
+        super().__init__([], [], soaked_model().config.vocab_size)
+        self.at = at
+
+    def mask(self, state: int | None) -> Any:
+        """All tokens, or the planted error."""
+        if state == self.at:
+            raise Planted("grammar")
+        return np.ones(self.vocabulary, bool)
+
+    def advance(self, state: int | None, token: int) -> int:
+        """The number of tokens."""
+        return (state or 0) + 1
+
+    def accepting(self, state: int | None) -> bool:
+        """Everywhere."""
+        return True
 
 
 def failing_processor(at: int) -> Callable[..., Any]:
@@ -282,8 +336,23 @@ class Soak:
             self.counts.errors[result.error.rsplit(": ", 1)[-1]] += 1
         elif "abort" not in reasons:
             assert len(result.outputs) == request.n or request.beam
+        if request.grammar is not None:
+            self.check_grammar(request, result)
         if self.rng.random() < self.sample:
             self.compare(result)
+
+    def check_grammar(self, request: Request, result: RequestOutput) -> None:
+        """Every output follows the grammar; one that has ended by itself is a text of it."""
+        grammar = request.grammar
+        assert grammar is not None
+        for output in result.outputs:
+            state = grammar.start
+            for token in output.tokens:
+                state = grammar.advance(state, token)
+            if output.finish_reason == "stop" and output.stop_reason is None:
+                assert grammar.accepting(state), (request, output)
+            self.counts.work["constrained"] += 1
+            self.counts.work["jumped"] += output.jumped_tokens
 
     def compare(self, result: RequestOutput) -> None:
         """The outputs are those of an engine that serves nothing else; of what was cut off,
@@ -367,6 +436,10 @@ def report(options: dict[str, Any], counts: Counts, seconds: float) -> None:
     print(
         f"  work         {work['tokens']:,} tokens sampled, {work['cached']:,} found in caches, "
         f"{work['accepted']:,} drafts accepted"
+    )
+    print(
+        f"  grammars     {work['constrained']:,} outputs followed theirs, "
+        f"{work['jumped']:,} tokens jumped"
     )
     print(
         f"  memory       {work['preemptions']:,} preemptions, {work['copies']:,} blocks copied, "

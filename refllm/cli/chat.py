@@ -6,6 +6,14 @@ import os
 import sys
 from typing import Annotated
 
+from refllm.cli.grammar_options import (
+    ChoicesOption,
+    GrammarOption,
+    JsonSchemaOption,
+    RegexOption,
+    check_one_grammar,
+    grammar_from_options,
+)
 from refllm.cli.main import keep_freed_memory
 from refllm.cli.options import AnyModelOption, BackendOption, TokenizerOption, WeightsOption, opt
 from refllm.cli.sampling_options import (
@@ -40,6 +48,10 @@ def chat(
     min_p: MinPOption = 0.0,
     repetition_penalty: RepetitionPenaltyOption = 1.1,
     seed: SeedOption = None,
+    regex: RegexOption = None,
+    json_schema: JsonSchemaOption = None,
+    choices: ChoicesOption = None,
+    grammar: GrammarOption = None,
     weights: WeightsOption = "auto",
     tokenizer: TokenizerOption = None,
     threads: ThreadsOption = None,
@@ -50,13 +62,15 @@ def chat(
     Each line is a message; one that ends in a backslash is continued on the next line. The
     answer goes to standard output as it is written, counts and times to standard error.
     Each turn computes only what is new in it. When the context is full, the oldest turns are
-    left out. Without a repetition penalty small models repeat themselves at temperature 0.
+    left out. With --regex, --json-schema, --choices or --grammar every answer is one of the
+    grammar. Without a repetition penalty small models repeat themselves at temperature 0.
 
     \b
     Examples:
       refllm chat
       refllm chat --system 'Answer in one sentence.' -t 0.7 --top-p 0.9
       refllm chat --model ./my-chat-model
+      refllm chat --system 'Say how the message sounds.' --choices happy,sad,neutral
       printf 'What is the capital of France?\\nAnd of Germany?\\n' | refllm chat
 
     \b
@@ -72,6 +86,7 @@ def chat(
     from refllm.decode.sampling_params import SamplingParams
 
     sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty)
+    check_one_grammar(regex, json_schema, choices, grammar)
     keep_freed_memory()
     computing = use_threads(threads)
     interactive = sys.stdin.isatty()
@@ -79,7 +94,9 @@ def chat(
         note(f"loading {model} …")
     loaded = load(model, backend, weights=weights, tokenizer=tokenizer)
     seed = seed_or_random(seed)
-    loop = ChatLoop(loaded.conversation(system, rng=seed), sampling, max_tokens, interactive)
+    compiled = grammar_from_options(regex, json_schema, choices, grammar, loaded.tokenizer)
+    conversation = loaded.conversation(system, rng=seed)
+    loop = ChatLoop(conversation, sampling, max_tokens, interactive, compiled)
     if interactive:
         facts = (
             f"{os.path.basename(model)}: {loaded.config.num_parameters / 1e6:,.0f} M parameters, "

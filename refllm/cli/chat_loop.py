@@ -16,6 +16,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
+from refllm.decode.constraint import Constraint
 from refllm.decode.conversation import Conversation
 from refllm.decode.sampling_params import SamplingParams
 from refllm.errors import InputError
@@ -46,8 +47,10 @@ class ChatLoop:
         sampling: SamplingParams,
         max_tokens: int,
         interactive: bool,
+        grammar: Constraint | None = None,
     ):
-        """``interactive``: standard input is a terminal."""
+        """``interactive``: standard input is a terminal. ``grammar`` constrains each answer."""
+        self.grammar = grammar
         self.conversation = conversation
         self.sampling = sampling
         self.max_tokens = max_tokens
@@ -171,6 +174,7 @@ class ChatLoop:
             text,
             self.max_tokens,
             sampling=self.sampling,
+            grammar=self.grammar,
             on_prompt=self._announce,
             on_token=watch.tick,
         )

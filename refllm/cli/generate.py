@@ -27,6 +27,15 @@ from refllm.cli.draft_options import (
     TreeOption,
     drafter_from_options,
 )
+from refllm.cli.grammar_options import (
+    ChoicesOption,
+    GrammarOption,
+    JsonSchemaOption,
+    JumpForwardOption,
+    RegexOption,
+    check_one_grammar,
+    grammar_from_options,
+)
 from refllm.cli.main import keep_freed_memory
 from refllm.cli.options import (
     AnyModelOption,
@@ -93,6 +102,11 @@ def generate(
     seed: SeedOption = None,
     stop: StopOption = None,
     ignore_eos: IgnoreEosOption = False,
+    regex: RegexOption = None,
+    json_schema: JsonSchemaOption = None,
+    choices: ChoicesOption = None,
+    grammar: GrammarOption = None,
+    jump_forward: JumpForwardOption = False,
     draft: DraftOption = None,
     gamma: GammaOption = None,
     tree: TreeOption = False,
@@ -121,18 +135,24 @@ def generate(
       refllm generate --prompt-file long.py --kv-bits 4
       refllm generate --prompt-file long.py --kv-keep 256 --kv-policy h2o
       refllm generate --chat 'What is the capital of France?' --model smollm2
+      refllm generate --chat 'Is the sky blue?' --model smollm2 --choices yes,no
+      refllm generate 'Born in ' --regex '(19|20)[0-9]{2}'
+      refllm generate --chat 'Describe a cat.' --model smollm2 --json-schema cat.json
 
     With --chat the model's chat template makes a prompt of the message; a control token in
-    the message is text. With --draft, greedy output is unchanged; at other temperatures the
-    output distribution is unchanged. On a terminal accepted drafts are shown in green,
-    rejected ones struck through in red. With --kv-bits or --kv-keep the text may change with
-    --draft: all tokens of a step read the cache as it was before the step.
+    the message is text. With --regex, --json-schema, --choices or --grammar only tokens that
+    keep the output legal are sampled; a --max-tokens that is too small cuts it off. With
+    --draft, greedy output is unchanged; at other temperatures the output distribution is
+    unchanged. On a terminal accepted drafts are shown in green, rejected ones struck through
+    in red. With --kv-bits or --kv-keep the text may change with --draft: all tokens of a step
+    read the cache as it was before the step.
     """
     from refllm.api import load
     from refllm.decode.sampling_params import SamplingParams
     from refllm.measure.latency import Stopwatch
 
     text = read_prompt(prompt, prompt_file)
+    check_one_grammar(regex, json_schema, choices, grammar, jump_forward)
     sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty)
     if kv_keep is not None and kv_bits is not None:
         raise InputError(
@@ -148,6 +168,7 @@ def generate(
     drafter = drafter_from_options(draft, gamma, tree, backend)
     loaded = load(model, backend, weights=weights, tokenizer=tokenizer)
     cache = sparse or kivi_from_options(loaded.config, kv_bits, kv_group, kv_residual)
+    compiled = grammar_from_options(regex, json_schema, choices, grammar, loaded.tokenizer)
     display = None if drafter is None else DraftDisplay(loaded.tokenizer)
     ids = prompt_ids(loaded, text, chat)
     length = len(ids)
@@ -166,6 +187,8 @@ def generate(
         drafter=drafter,
         on_step=None if display is None else display.record,
         cache=cache,
+        grammar=compiled,
+        jump_forward=jump_forward,
     )
     if sys.stdout.isatty():
         _print_to_terminal(text, pieces, display)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from chat_models import END, chat_model, computed_tokens
 from chat_templates import TEMPLATES
+from grammars import WordGrammar
 from refllm.api import Model
 from refllm.checkpoints.chat_template import ChatTemplates
 from refllm.decode.conversation import Conversation, without_oldest_turn
@@ -368,3 +369,36 @@ def test_ids_are_joined_at_a_control_token_only(monkeypatch):
     answer(conversation, "x", 4)
     chat = [*conversation.messages, {"role": "user", "content": "rn"}]
     assert conversation._encoded(chat)[1] == model.tokenizer.encode("xreturn")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_each_answer_is_one_of_its_grammar_and_joins_the_conversation(temperature):
+    """The answer ends with the grammar, where no end token was sampled."""
+    conversation = CHATML.conversation(rng=0)
+    grammar = WordGrammar.of(["yes", "no", "no idea"], CHATML)
+    options = {"grammar": grammar, "sampling": SamplingParams(temperature)}
+    for turn in range(3):
+        said = answer(conversation, f"again {turn}", **options)
+        assert said in grammar.words
+        assert conversation.finish == "stop"
+        assert conversation.messages[-1] == {"role": "assistant", "content": said}
+        if turn:
+            assert conversation.reused > 0
+    free = answer(conversation, "and now?")
+    prompt = conversation._ids[: len(conversation._ids) - len(kept(conversation))]
+    assert free == CHATML.tokenizer.decode(CHATML.generate(prompt, 6))
+    cut = answer(conversation, "x", 1, grammar=WordGrammar.of(["0" * 20], CHATML))
+    assert cut == "0"
+    assert conversation.finish == "length"
+    with pytest.raises(InputError, match="grammar must be one of"):
+        answer(conversation, "x", grammar="yes|no")
+
+
+def test_chat_takes_a_grammar():
+    grammar = WordGrammar.of(["yes", "no"], CHATML)
+    messages = [{"role": "user", "content": "x"}]
+    assert CHATML.chat(messages, grammar=grammar) in ("yes", "no")
+    assert "".join(CHATML.stream_chat(messages, grammar=grammar, jump_forward=True)) in (
+        "yes",
+        "no",
+    )

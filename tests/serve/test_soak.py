@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 
 import soak
+from refllm.decode.constraint import ConstraintStates
+from refllm.errors import InputError
 from refllm.kv.block_pool import BlockPool
 from refllm.serve.outputs import RequestOutput
 
@@ -32,13 +35,16 @@ def test_conservation_a_short_soak(capsys):
         "preemptions",
         "cached",
         "copies",
+        "grammar",
+        "constrained",
+        "jumped",
     ):
         assert seen[what] > 0, what
     assert seen["compared"] > 30
     assert capsys.readouterr().out.count("errors") == len(soak.ENGINES)
 
 
-@pytest.mark.parametrize("fault", ["a leak", "a wrong token", "a lost request"])
+@pytest.mark.parametrize("fault", ["a leak", "a wrong token", "a lost request", "no mask"])
 def test_the_soak_notices(monkeypatch, fault):
     if fault == "a leak":
         free = BlockPool.free
@@ -54,7 +60,10 @@ def test_the_soak_notices(monkeypatch, fault):
             take(one, result)
 
         monkeypatch.setattr(soak.Soak, "take", changed)
+    elif fault == "no mask":
+        everything = lambda states, output: np.ones(states.vocabulary, bool)  # noqa: E731
+        monkeypatch.setattr(ConstraintStates, "mask", everything)
     else:
         monkeypatch.setattr(soak.Engine, "abort", lambda engine, name: True)
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, InputError)):
         soak.soak(150, sample=1.0, traced=False)
