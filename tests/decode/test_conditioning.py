@@ -75,9 +75,9 @@ def test_weights_of_legal_mass_make_masking_conditioning(seed, kind, ends, horiz
     model = Table(3, seed, kind)
     texts = list(legal_texts(model, states, horizon))
     if not any(text.p for text in texts):
-        for law in (conditioned, masked, weighted):
+        for wrong in (conditioned, masked, weighted):
             with pytest.raises(InputError, match="no text of the grammar"):
-                law(model, states, horizon)
+                wrong(model, states, horizon)
         return
     wanted = conditioned(model, states, horizon)
     found = masked(model, states, horizon)

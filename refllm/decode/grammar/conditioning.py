@@ -45,7 +45,7 @@ from refllm.decode.sampling import draw
 from refllm.errors import InputError
 
 Text = tuple[int, ...]
-Law = dict[Text, float]  # text → probability
+Distribution = dict[Text, float]  # text → probability
 LanguageModel = Callable[[Sequence[int]], "np.ndarray"]  # prefix → p(· | prefix), [V]
 
 
@@ -78,13 +78,13 @@ def legal_texts(
     return follow((), 1.0, 1.0)
 
 
-def conditioned(model: LanguageModel, states: ConstraintStates, horizon: int) -> Law:
+def conditioned(model: LanguageModel, states: ConstraintStates, horizon: int) -> Distribution:
     """p(x | L): what one wants. InputError if no text of the grammar has a probability above 0."""
     texts = list(legal_texts(model, states, horizon))
     return _normalised({text.tokens: text.p for text in texts})
 
 
-def masked(model: LanguageModel, states: ConstraintStates, horizon: int) -> Law:
+def masked(model: LanguageModel, states: ConstraintStates, horizon: int) -> Distribution:
     """m(x): what masking and renormalising step by step samples from, given that the text is no
     longer than the horizon.
     """
@@ -92,11 +92,11 @@ def masked(model: LanguageModel, states: ConstraintStates, horizon: int) -> Law:
     return _normalised({text.tokens: text.p / text.weight for text in texts})
 
 
-def weighted(model: LanguageModel, states: ConstraintStates, horizon: int) -> Law:
+def weighted(model: LanguageModel, states: ConstraintStates, horizon: int) -> Distribution:
     """m(x) w(x), normalised: equal to ``conditioned``."""
     texts = {text.tokens: text for text in legal_texts(model, states, horizon)}
-    law = masked(model, states, horizon)
-    return _normalised({tokens: chance * texts[tokens].weight for tokens, chance in law.items()})
+    found = masked(model, states, horizon)
+    return _normalised({tokens: chance * texts[tokens].weight for tokens, chance in found.items()})
 
 
 def sample_by_rejection(
@@ -137,7 +137,7 @@ def sample_weighted(
     return text, weight
 
 
-def _normalised(weights: Law) -> Law:
+def _normalised(weights: Distribution) -> Distribution:
     """The weights divided by their sum."""
     total = sum(weights.values())
     if not total > 0:
