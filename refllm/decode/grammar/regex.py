@@ -37,10 +37,20 @@ from refllm.decode.grammar.regex_classes import Dialect
 from refllm.decode.grammar.regex_context import FINAL_NEWLINE, NEWLINE, Context
 from refllm.decode.grammar.regex_lookahead import class_intervals, determinize_with_lookaheads
 from refllm.decode.grammar.regex_syntax import parse
-from refllm.decode.grammar.regex_tree import Lookahead, Node, Repeat, Sequence, Symbols
+from refllm.decode.grammar.regex_tree import (
+    BEGIN,
+    END,
+    Assertion,
+    Lookahead,
+    Node,
+    Repeat,
+    Sequence,
+    Symbols,
+)
 from refllm.decode.grammar.unicode_classes import ANY
 
 MAX_WORK = 3_000_000  # positions looked at in one subset construction
+COUNTED = 64  # repetition counts above this can be counted beside the automaton
 
 
 @lru_cache(maxsize=512)
@@ -56,6 +66,24 @@ def from_pattern(pattern: str, *, search: bool, dialect: Dialect = "ecma") -> DF
     return _compile(
         tree, dialect, before=search, after=search, what=f"regular expression {shown!r}"
     )
+
+
+def from_pattern_with_length(
+    pattern: str, *, dialect: Dialect = "ecma"
+) -> tuple[DFA, int, int | None]:
+    """The texts in which a pattern matches, as an automaton and a range of lengths.
+
+    ``^C{n,m}$`` with one class C and a count above ``COUNTED`` is ``C*`` with the lengths n … m,
+    so that a counter beside the automaton takes the place of m states. Every other pattern is
+    ``from_pattern(pattern, search=True)`` with any length: 0, None.
+    """
+    match parse(pattern, dialect):
+        case Sequence((Assertion(begin), Repeat(Symbols() as body, low, high), Assertion(end))) if (
+            begin == BEGIN and end == END and max(low, high or 0) > COUNTED
+        ):
+            any_number = Repeat(body, 0, None)
+            return _compile(any_number, dialect, before=False, after=False, what=""), low, high
+    return from_pattern(pattern, search=True, dialect=dialect), 0, None
 
 
 _EVERYTHING = Repeat(Symbols(ANY), 0, None)

@@ -180,15 +180,22 @@ def category(name: str) -> Set | None:
 
 @cache
 def _case_variants() -> dict[int, set[int]]:
-    """For each character with case, all characters that differ from it by case alone."""
+    """For each character with case, all that differ from it by case alone, as ``re`` sees it."""
     groups: dict[int, set[int]] = {}
-    cased = [code for low, high in category("LC") or () for code in range(low, high + 1)]
-    cased += [code for low, high in category("Nl") or () for code in range(low, high + 1)]
-    cased += [code for low, high in category("So") or () for code in range(low, high + 1)]
+    by_upper: dict[str, int] = {}  # what becomes the same several letters, as ﬅ and ﬆ do
+    cased = [
+        code
+        for name in ("LC", "Nl", "So")
+        for low, high in category(name) or ()
+        for code in range(low, high + 1)
+    ]
     cased.append(0x0345)  # the combining iota, the one mark with an upper case
     for code in cased:
         character = chr(code)
-        for other in (character.lower(), character.upper(), character.title()):
+        others = [character.lower()[0], character.upper(), character.title()]
+        if len(character.upper()) > 1:
+            others.append(chr(by_upper.setdefault(character.upper(), code)))
+        for other in others:
             if len(other) == 1 and other != character:
                 group = groups.get(code, {code}) | groups.get(ord(other), {ord(other)})
                 for member in group:

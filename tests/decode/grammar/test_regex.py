@@ -13,9 +13,9 @@ from automata import LETTERS, all_texts, patterns
 from refllm.decode.grammar.derivatives import matches
 from refllm.decode.grammar.dfa import DFA
 from refllm.decode.grammar.dfa_minimization import minimize, same_language
-from refllm.decode.grammar.dfa_operations import MAX_STATES, complement
+from refllm.decode.grammar.dfa_operations import MAX_STATES, complement, with_length
 from refllm.decode.grammar.errors import GrammarError
-from refllm.decode.grammar.regex import from_pattern
+from refllm.decode.grammar.regex import COUNTED, from_pattern, from_pattern_with_length
 
 TEXTS = all_texts(LETTERS, 4)
 
@@ -223,3 +223,31 @@ def test_counted_repetition_has_one_state_per_count():
 
 def test_equal_calls_share_one_automaton():
     assert from_pattern("^ab$", search=True) is from_pattern("^ab$", search=True)
+
+
+@pytest.mark.theorem(
+    "the automaton and the range of lengths of a pattern together are the pattern",
+    source="regex.py",
+)
+@pytest.mark.parametrize(
+    ("pattern", "low", "high"),
+    [
+        (f"^[a-c]{{0,{COUNTED + 1}}}$", 0, COUNTED + 1),
+        (f"^.{{{COUNTED + 1},}}$", COUNTED + 1, None),
+        (r"^\d{70}$", 70, 70),
+        (f"^[a-c]{{0,{COUNTED}}}$", 0, None),
+        ("^[a-c]{2,90}", 0, None),
+        ("[a-c]{2,90}$", 0, None),
+        ("^(?:ab){2,90}$", 0, None),
+        ("^x[a-c]{2,90}$", 0, None),
+        (r"^[a-c]{2,90}\b", 0, None),
+    ],
+)
+def test_a_long_repetition_is_a_class_with_a_range_of_lengths(
+    pattern: str, low: int, high: int | None
+):
+    dfa, minimum, maximum = from_pattern_with_length(pattern)
+    assert (minimum, maximum) == (low, high)
+    assert dfa.states == 2 or (minimum, maximum) == (0, None)
+    limited = with_length(dfa, minimum, maximum)
+    assert same_language(limited, from_pattern(pattern, search=True))
