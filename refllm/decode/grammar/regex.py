@@ -63,9 +63,12 @@ def from_pattern(pattern: str, *, search: bool, dialect: Dialect = "ecma") -> DF
     """
     shown = pattern if len(pattern) <= 60 else pattern[:57] + "..."
     tree = parse(pattern, dialect)
-    return _compile(
-        tree, dialect, before=search, after=search, what=f"regular expression {shown!r}"
-    )
+    return compile_tree(tree, dialect, search=search, what=f"regular expression {shown!r}")
+
+
+def compile_tree(tree: Node, dialect: Dialect, *, search: bool, what: str) -> DFA:
+    """The automaton of a syntax tree, as ``from_pattern``; ``what`` begins its errors."""
+    return _compile(tree, dialect, before=search, after=search, what=what)
 
 
 def from_pattern_with_length(
