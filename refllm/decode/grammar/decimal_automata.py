@@ -15,6 +15,7 @@ The rules of JSON Schema that are built of them are in ``json_numbers.py``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
@@ -29,9 +30,9 @@ from refllm.decode.grammar.dfa_minimization import minimize
 PLUS, MINUS, POINT, EXPONENT = 10, 11, 12, 13
 _BYTES = (*(bytes([48 + digit]) for digit in range(10)), b"+", b"-", b".", b"Ee")
 _ALPHABET, _COLUMNS = alphabet_of(BYTES, [[(byte, byte) for byte in group] for group in _BYTES])
-# The symbol of each class of bytes; None for bytes that are in no number.
+# The symbol of each class of bytes; -1 for bytes that are in no number.
 _SYMBOLS = [
-    next((symbol for symbol, classes in enumerate(_COLUMNS) if cls in classes), None)
+    next((symbol for symbol, classes in enumerate(_COLUMNS) if cls in classes), -1)
     for cls in range(_ALPHABET.count)
 ]
 
@@ -56,14 +57,14 @@ def automaton(readers: Iterable[Reader]) -> DFA:
     def row_of(state: frozenset[Reader]) -> Iterator[frozenset[Reader] | None]:
         for reader in state:
             if reader not in steps:
-                successors = [tuple(reader.step(symbol)) for symbol in range(len(_BYTES))]
-                steps[reader] = [() if s is None else successors[s] for s in _SYMBOLS]
+                successors = [*(tuple(reader.step(symbol)) for symbol in range(len(_BYTES))), ()]
+                steps[reader] = [successors[symbol] for symbol in _SYMBOLS]
         for cls in range(_ALPHABET.count):
             after = frozenset([new for reader in state for new in steps[reader][cls]])
             yield after or None
 
     def label_of(state: frozenset[Reader]) -> int:
-        return ACCEPT if any(reader.accepting for reader in state) else 0
+        return ACCEPT * any(reader.accepting for reader in state)
 
     start = frozenset(readers)
     return minimize(explore(_ALPHABET, start, row_of, label_of, what="a rule of numbers"))
@@ -97,34 +98,49 @@ class Bound:
 
     def read_point(self, order: Order) -> int:
         """The place after the point from which digits are compared, or ABOVE or BELOW."""
-        sign = self._compare_digits(order)
-        if sign == 0:
-            return 0
-        return ABOVE if sign > 0 else BELOW
+        return _PLACES[self._compare_digits(order)]
 
     def read_fraction(self, place: int, digit: int) -> int:
         """The place after one more digit behind the point."""
         if place < 0:
             return place
         inside = place < len(self.fraction)
-        sign = _sign(digit - (int(self.fraction[place]) if inside else 0))
-        if sign == 0:
-            return place + inside
-        return ABOVE if sign > 0 else BELOW
+        sign = _sign(digit - int(self.fraction[place : place + 1] or "0"))
+        return _PLACES[sign] or place + inside
 
     def compare_whole(self, order: Order) -> int:
         """The sign of (number read - bound) if the number ends before a point."""
-        return self._compare_digits(order) or (-1 if self.fraction else 0)
+        return self._compare_digits(order) or -bool(self.fraction)
 
     def compare_fraction(self, place: int) -> int:
         """The sign of (number read - bound) if the number ends at this place after the point."""
-        if place < 0:
-            return 1 if place == ABOVE else -1
-        return -1 if place < len(self.fraction) else 0
+        if place == ABOVE:
+            return 1
+        return -(place == BELOW or place < len(self.fraction))
 
     def _compare_digits(self, order: Order) -> int:
         count, sign = order
-        return sign if count == len(self.whole) else _sign(count - len(self.whole))
+        return _sign(count - len(self.whole)) or sign
+
+
+class Unlimited(Bound):
+    """No bound: every number is below it."""
+
+    def read_whole(self, order: Order, digit: int) -> Order:
+        """Nothing to remember."""
+        return order
+
+    def read_point(self, order: Order) -> int:
+        """Below."""
+        return BELOW
+
+    def compare_whole(self, order: Order) -> int:
+        """Below."""
+        return -1
+
+
+UNLIMITED = Unlimited("", "")
+_PLACES = {-1: BELOW, 0: 0, 1: ABOVE}  # by the sign of a comparison
 
 
 def _sign(difference: int) -> int:
@@ -144,36 +160,36 @@ class Interval:
 
     def __init__(self, low: Decimal | int, high: Decimal | int | None) -> None:
         self.low = Bound.of(low)
-        self.high = None if high is None else Bound.of(high)
+        self.high = UNLIMITED
+        if high is not None:
+            self.high = Bound.of(high)
 
     def read_whole(self, orders: Orders, digit: int) -> Orders:
         """The orders towards both bounds after one more digit before the point."""
-        high = self.high.read_whole(orders[1], digit) if self.high else orders[1]
-        return self.low.read_whole(orders[0], digit), high
+        return self.low.read_whole(orders[0], digit), self.high.read_whole(orders[1], digit)
 
     def read_point(self, orders: Orders) -> Places:
         """The places towards both bounds after the point."""
-        high = self.high.read_point(orders[1]) if self.high else BELOW
-        return self.low.read_point(orders[0]), high
+        return self.low.read_point(orders[0]), self.high.read_point(orders[1])
 
     def read_fraction(self, places: Places, digit: int) -> Places:
         """The places towards both bounds after one more digit behind the point."""
-        high = self.high.read_fraction(places[1], digit) if self.high else BELOW
-        return self.low.read_fraction(places[0], digit), high
+        return (
+            self.low.read_fraction(places[0], digit),
+            self.high.read_fraction(places[1], digit),
+        )
 
     def compare_whole(self, orders: Orders) -> tuple[bool, bool]:
         """Whether a number that ends before a point is ≥ ``low``, and whether it is ≤ ``high``."""
-        high = self.high.compare_whole(orders[1]) if self.high else -1
-        return self.low.compare_whole(orders[0]) >= 0, high <= 0
+        return self.low.compare_whole(orders[0]) >= 0, self.high.compare_whole(orders[1]) <= 0
 
     def compare_fraction(self, places: Places) -> tuple[bool, bool]:
         """The same for a number that ends after the point."""
-        high = self.high.compare_fraction(places[1]) if self.high else -1
-        return self.low.compare_fraction(places[0]) >= 0, high <= 0
+        return self.low.compare_fraction(places[0]) >= 0, self.high.compare_fraction(places[1]) <= 0
 
     def missed_whole(self, orders: Orders) -> bool:
         """Whether no number that begins with these digits is in the interval."""
-        if self.high is None:
+        if self.high is UNLIMITED:
             return False
         (count, above_low), (_, above_high) = orders
         length = len(self.high.whole)
@@ -284,9 +300,9 @@ class Scale:
     """
 
     def __init__(self, low: Decimal, high: Decimal | None) -> None:
-        self.mantissas = Interval(_mantissa(low), None if high is None else _mantissa(high))
-        self.low_power = low.adjusted() if low else None
-        self.high_power = None if high is None else high.adjusted()
+        self.mantissas = Interval(_mantissa(low), high and _mantissa(high))
+        self.low = float(low.adjusted()) if low else -math.inf  # the exponents of the bounds
+        self.high = float(high.adjusted()) if high else math.inf
         self._exponents: dict[tuple[bool, bool], tuple[Interval | None, Interval | None]] = {}
 
     def exponents(
@@ -298,21 +314,24 @@ class Scale:
         else:
             within = self.mantissas.compare_fraction(places)
         if within not in self._exponents:
-            low = None if self.low_power is None else self.low_power + (not within[0])
-            high = None if self.high_power is None else self.high_power - (not within[1])
-            negative = _magnitudes(None if high is None else -high, None if low is None else -low)
-            self._exponents[within] = negative, _magnitudes(low, high)
+            # A mantissa beyond that of the bound needs an exponent on the other side of its own.
+            low, high = self.low + (not within[0]), self.high - (not within[1])
+            positive = negative = None
+            if high >= max(low, 0):
+                positive = _exponents(max(low, 0), high)
+            if low <= min(high, 0):
+                negative = _exponents(max(-high, 0), -low)
+            self._exponents[within] = negative, positive
         return self._exponents[within]
 
 
-def _magnitudes(low: int | None, high: int | None) -> Interval | None:
-    """The integers ≥ 0 from ``low`` to ``high``; None if there are none."""
-    low = max(low or 0, 0)
-    return None if high is not None and high < low else Interval(low, high)
+def _exponents(low: float, high: float) -> Interval:
+    return Interval(int(low), None if math.isinf(high) else int(high))
 
 
 def _mantissa(value: Decimal) -> Decimal:
-    return value.scaleb(-value.adjusted()) if value else value
+    """The value with its first digit before the point; 0 for 0."""
+    return value.scaleb(-value.adjusted())
 
 
 @dataclass(frozen=True)

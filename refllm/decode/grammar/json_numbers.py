@@ -228,7 +228,7 @@ def _spellings(allowed: Iterable[Number]) -> Iterator[tuple[str, bool]]:
         nearest = nearest_float(exact)
         if exact.denominator == 1:
             yield str(exact.numerator), False
-        if isinstance(value, Decimal) or Fraction(nearest) == exact:
+        if math.isfinite(nearest) and (isinstance(value, Decimal) or nearest == exact):
             yield from _float_spellings(repr(nearest))
         if value == 0:
             yield "-0", False

@@ -99,24 +99,26 @@ class DividedMantissa:
 
     divisor: Divisor
     remainder: int = 0
-    place: int = -1  # -1: nothing read
+    place: int = -1  # digits read after the point; -1: nothing read
     point: bool = False
+    complete: bool = False  # the last digit read is no 0 behind the point
     accepting = False
 
     def step(self, symbol: int) -> Iterable[Reader]:
         """The digit before the point, the point, a digit behind it, or the exponent's letter."""
         divisor = self.divisor
-        if symbol == EXPONENT and self.place >= 0 and self.point == (self.place > 0):
+        remainder = (10 * self.remainder + symbol) % divisor.n
+        if symbol == EXPONENT and self.complete:
             powers = range(LEAST_POWER, divisor.places + 1)
-            accepted = (p for p in powers if self._accepts(p))
-            yield NegativePower(frozenset(accepted))
-        elif symbol == POINT and self.place == 0 and not self.point:
-            yield DividedMantissa(divisor, self.remainder, 0, True)
+            yield NegativePower(frozenset(power for power in powers if self._accepts(power)))
+        elif symbol == POINT and self.complete and not self.point:
+            yield DividedMantissa(divisor, self.remainder, 0, point=True)
         elif symbol <= 9 and self.point and self.place < divisor.places:
-            remainder = (10 * self.remainder + symbol) % divisor.n
-            yield DividedMantissa(divisor, remainder, self.place + 1, True)
+            yield DividedMantissa(divisor, remainder, self.place + 1, True, symbol > 0)
+        elif symbol <= 9 and self.point and not divisor.positive:
+            yield DividedMantissa(divisor, 0, self.place, True, symbol > 0)
         elif 1 <= symbol <= 9 and self.place < 0:
-            yield DividedMantissa(divisor, symbol % divisor.n, 0)
+            yield DividedMantissa(divisor, remainder, 0, complete=True)
 
     def _accepts(self, power: int) -> bool:
         if self.place + power > self.divisor.places:
