@@ -128,7 +128,7 @@ class ConstraintStates:
 
     >>> class AB:  # a, then b
     ...     start = 0
-    ...     def mask(self, state): return np.arange(3) == state
+    ...     def mask(self, state): return np.arange(2) == state
     ...     def advance(self, state, token): return state + 1
     ...     def accepting(self, state): return state == 2
     >>> states = ConstraintStates(AB(), vocabulary=4, end_tokens=[3])

@@ -25,6 +25,7 @@ from refllm.decode.constraint import (
 )
 from refllm.decode.logits_processors import LogitsProcessors, Row, process_rows
 from refllm.decode.sampling_params import SamplingParams
+from refllm.decode.speculative.model_drafter import ModelDrafter
 from refllm.errors import InputError
 from strategies import seeds
 
@@ -385,6 +386,23 @@ def test_log_probabilities_are_before_or_after_the_mask_as_the_mode_says():
             assert [entry[t].logprob for t in range(V)] == pytest.approx(logp.tolist())
         # exactly one token was legal
         assert (found.logprobs[1][3].logprob == 0.0) == (mode == "processed_logprobs")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_device_gets_the_masks_of_a_step_at_once(xp, temperature):
+    """The same tokens as on the host, with a drafter and without."""
+    host = five_token_model(eos_token_ids=(END,))
+    record = random_model(host.config, 4, xp)
+    model = Model(record.config, record.weights, record.tokenizer)
+    for seed in range(4):
+        grammar = random_grammar(seed, V, end_tokens=(END,))
+        options: dict[str, Any] = {"grammar": grammar, "temperature": temperature, "rng": seed}
+        expected = host.generate(PROMPT, 8, **options)
+        assert model.generate(PROMPT, 8, **options) == expected
+        # a draft of one token at temperature 0 leaves the tokens as they are
+        drafter = ModelDrafter(model, 2)
+        if temperature == 0:
+            assert model.generate(PROMPT, 8, drafter=drafter, **options) == expected
 
 
 def test_min_tokens_beyond_the_end_of_a_grammar_is_an_error():

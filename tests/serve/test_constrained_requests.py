@@ -36,6 +36,7 @@ from refllm.serve import model_runner
 from refllm.serve.adaptive_drafts import AdaptiveDrafting
 from refllm.serve.async_engine import AsyncEngine
 from refllm.serve.engine import Engine
+from refllm.serve.factory import POLICIES
 from refllm.serve.request import Request
 from serving import served_model
 
@@ -150,6 +151,19 @@ def test_preemption_and_accepted_drafts_occur():
     plain, slow = served(asked, num_blocks=80)
     assert {k: r.outputs for k, r in results.items()} == {k: r.outputs for k, r in plain.items()}
     assert slow.preemptions == 0
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_serves_constrained_requests(policy):
+    grammars = [wide_grammar(3), None, wide_grammar(8)]
+    asked = [
+        Request(PROMPTS[i], 7, i, grammar=grammar, temperature=1.0, seed=i)
+        for i, grammar in enumerate(grammars)
+    ]
+    results, _ = served(asked, policy=policy, num_blocks=1024)
+    for request in asked:
+        [found] = results[request.request_id].outputs
+        assert facts(found) == facts(alone(request)[0])
 
 
 @given(seed=st.integers(0, 500), temperature=st.sampled_from([0.0, 1.0]))
