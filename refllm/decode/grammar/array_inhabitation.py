@@ -42,7 +42,8 @@ def inhabited(shape: ArrayShape, values: Values, ask: Ask) -> bool:
         return False
     if shape.minimum == 0 and all(count.low == 0 for count in shape.counts):
         return True
-    unique = shape.unique and max(shape.minimum, sum(each.low for each in shape.counts)) > 1
+    longer = shape.minimum > 1 or any(count.low and count.start for count in shape.counts)
+    unique = shape.unique and (longer or sum(count.low for count in shape.counts) > 1)
     if shape.counts:
         return _countable(shape, values, ask) and (
             not unique or _distinct_and_counted(shape, values, ask)

@@ -68,9 +68,11 @@ class FiniteValues:
             for each in self._all(node):
                 found.add(each)
                 if len(found) >= self.limit:
-                    raise _TooMany
+                    break
         finally:
             self._inside.discard(node)
+        if len(found) >= self.limit:
+            raise _TooMany
         return found
 
     def _all(self, node: Node) -> Iterator[Hashable]:
