@@ -113,8 +113,6 @@ def _product(
     """The automaton that runs all automata side by side; its states are tuples of their states."""
     if dead:
         return never(dfas[0].size)
-    if len(dfas) == 1:
-        return minimize(dfas[0])
     alphabet, maps = common_alphabet(dfa.alphabet for dfa in dfas)
     # Rows over the common alphabet, each computed when it is needed first.
     tables: list[list[list[int] | None]] = [[None] * dfa.states for dfa in dfas]

@@ -49,7 +49,7 @@ from refllm.decode.grammar.regex_tree import (
 )
 from refllm.decode.grammar.unicode_classes import ANY
 
-MAX_WORK = 3_000_000  # positions looked at in one subset construction
+MAX_WORK = 2_000_000  # positions looked at in one subset construction
 COUNTED = 64  # repetition counts above this can be counted beside the automaton
 
 

@@ -32,7 +32,15 @@ from refllm.decode.grammar.regex_tree import (
     Sequence,
     Symbols,
 )
-from refllm.decode.grammar.unicode_classes import ANY, any_case, chars, dot_set, without
+from refllm.decode.grammar.unicode_classes import (
+    ANY,
+    Set,
+    any_case,
+    chars,
+    dot_set,
+    joined,
+    without,
+)
 
 MAX_DEPTH = 100  # groups in groups
 _QUANTIFIERS = {"*": (0, None), "+": (1, None), "?": (0, 1)}
@@ -66,6 +74,9 @@ class _Parser(ClassScanner):
         parts = [self.sequence()]
         while self.take("|"):
             parts.append(self.sequence())
+        if len(parts) > 1 and all(isinstance(part, Symbols) for part in parts):
+            # One class in place of a choice of characters: one position.
+            return Symbols(joined(pair for part in parts for pair in _members(part)))
         return parts[0] if len(parts) == 1 else Choice(tuple(parts))
 
     def sequence(self) -> Node:
@@ -232,3 +243,7 @@ class _Parser(ClassScanner):
             self.fail("back-references are not supported")
         members = without(self.escaped_set(), [SURROGATES])
         return Symbols(any_case(members) if self.ignore_case else members)
+
+
+def _members(node: Node) -> Set:
+    return node.members if isinstance(node, Symbols) else ()

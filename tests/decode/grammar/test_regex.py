@@ -221,6 +221,12 @@ def test_counted_repetition_has_one_state_per_count():
     assert MAX_STATES == 50_000
 
 
+@pytest.mark.parametrize("pattern", ["^x(?:[^]*a[^]{30}b)?", "^(?=x)x(?:[^]*a[^]{30}b)?"])
+def test_nothing_is_followed_after_a_search_has_found_its_match(pattern: str):
+    dfa = from_pattern(pattern, search=True)
+    assert dfa.states == 3
+
+
 def test_equal_calls_share_one_automaton():
     assert from_pattern("^ab$", search=True) is from_pattern("^ab$", search=True)
 
