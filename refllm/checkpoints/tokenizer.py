@@ -58,10 +58,12 @@ class Tokenizer:
     'abab'
 
     ``limit`` is the number of rows of the model's embedding, None without a model: ``encode``
-    returns ids below it. ``available`` is False for a ``MissingTokenizer`` alone.
+    returns ids below it. ``end_tokens`` are the model's end-of-text ids, None without a model.
+    ``available`` is False for a ``MissingTokenizer`` alone.
     """
 
     available = True
+    end_tokens: frozenset[int] | None = None
 
     def __init__(self, inner: _Tokenizer, limit: int | None = None) -> None:
         self.inner = inner
@@ -245,7 +247,8 @@ def _read(file: Path, config: ModelConfig) -> Tokenizer:
 
 
 def fitted(tokenizer: Tokenizer, config: ModelConfig, where: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer itself, limited to ids that have a row in the embedding.
+    """The tokenizer itself, limited to ids that have a row in the embedding, with the model's
+    end tokens.
 
     A tokenizer with fewer ids is common, since models pad their vocabulary. One with more
     exists too: a padding token that was added and never trained. CheckpointError for one
@@ -255,6 +258,7 @@ def fitted(tokenizer: Tokenizer, config: ModelConfig, where: str | os.PathLike[s
         if tokenizer.vocab_size == 0:
             raise CheckpointError(f"{os.fspath(where)}: the tokenizer has no tokens")
         tokenizer.limit = config.vocab_size
+        tokenizer.end_tokens = frozenset(config.eos_token_ids)
     return tokenizer
 
 

@@ -80,9 +80,12 @@ class Terminal:
             return False
         if not self.counted:
             return True
-        low = np.array([self.minimum - count])
-        high = np.array([UNBOUNDED if self.maximum is None else self.maximum - count])
-        return bool(self.remaining.within(np.array([state]), low, high)[0])
+        return self.remaining.possible(state, *self.limits(count))
+
+    def limits(self, count: int) -> tuple[int, int]:
+        """The fewest and the most characters that may follow ``count`` of them."""
+        most = UNBOUNDED if self.maximum is None else self.maximum - count
+        return self.minimum - count, most
 
     def accepted(self, state: int, count: int) -> int:
         """The labels accepted in ``state`` after ``count`` characters; 0 where it does not."""

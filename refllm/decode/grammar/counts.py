@@ -59,6 +59,13 @@ class RemainingCounts:
             possible[i] = self._any(int(states[i]), int(low[i]), int(high[i]))
         return possible
 
+    def possible(self, state: int, low: int, high: int) -> bool:
+        """``within`` for one state."""
+        low = max(low, 0)
+        if low > high or self.least[state] > high or self.most[state] < low:
+            return False
+        return self.levels is None or self._any(state, low, high)
+
     def _any(self, state: int, low: int, high: int) -> bool:
         """Whether the state is in one of L_low … L_high."""
         assert self.levels is not None

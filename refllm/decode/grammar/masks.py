@@ -1,0 +1,175 @@
+"""Which tokens may follow: ``mask(state)`` for a whole vocabulary.
+
+A token is legal if the automaton can read all of its bytes. The definition is ``naive_mask``: read
+each token, byte by byte. ``TokenMasks`` gives the same answer by walking the token trie with the
+DFA of every thread of the state (``trie_walk``), which needs no stack: XGrammar's
+context-independent tokens, nearly all of a vocabulary. Only at the exits of a walk, inside tokens
+that leave their terminal (``",`` or ``}]``), the stack is asked what follows; these subtrees of
+the trie are walked again, from all exits at once that continue alike.
+
+Three things are kept, each up to a number of bytes: walks by DFA, state, allowed labels and roots;
+what follows a stack after a terminal; masks by state, as packed bits. A mask seen before is an
+unpacking.
+
+| case                                   | rule                                                  |
+|----------------------------------------|-------------------------------------------------------|
+| a token that ends inside a character   | legal if the character can be completed               |
+| tokens of equal bytes                  | legal together                                        |
+| empty tokens, special tokens           | never legal                                           |
+| end tokens                             | legal exactly where the state accepts                 |
+
+Sources: XGrammar (arXiv 2411.15100, §3.1–3.2: context-independent tokens and the adaptive token
+mask cache); the index of states by tokens, Outlines (arXiv 2307.09702).
+
+Left out: storing the rejected tokens where they are fewer (a packed mask has V / 8 bytes); device
+arrays: masks are host arrays, and whoever masks logits on a GPU moves them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from refllm.decode.grammar.automaton import Resumption, State, Thread, leave, settle, step
+from refllm.decode.grammar.bounded_cache import BoundedCache
+from refllm.decode.grammar.token_trie import ROOT, TokenTrie
+from refllm.decode.grammar.trie_walk import CountedWalk, Reader, Roots, Walk, walk
+
+MASK_BYTES = 64 << 20
+WALK_BYTES = 128 << 20
+FOLLOWING_STATES = 20_000
+
+
+def naive_mask(
+    state: State, tokens: Sequence[bytes | None], end_tokens: Iterable[int] = ()
+) -> np.ndarray:
+    """bool[V]: the definition, token by token.
+
+    >>> from refllm.decode.grammar.automaton import enter
+    >>> from refllm.decode.grammar.dfa_builders import literal
+    >>> start = enter([(Terminal(literal(b"ab", size=256)), None)])
+    >>> naive_mask(start, [b"a", b"ab", b"b", b"abc", b"", None], [5]).tolist()
+    [True, True, False, False, False, False]
+    """
+    ends = frozenset(end_tokens)
+    mask = np.zeros(len(tokens), dtype=bool)
+    for i, token in enumerate(tokens):
+        if i in ends:
+            mask[i] = state.finished
+        elif token:
+            after: State | None = state
+            for byte in token:
+                after = None if after is None else step(after, byte)
+            mask[i] = after is not None
+    return mask
+
+
+class TokenMasks:
+    """The masks of one automaton over the tokens of ``trie``; equal to ``naive_mask``.
+
+    ``masks``, ``walks`` and ``following`` are the caches; their counters say how often they hit.
+    """
+
+    def __init__(
+        self,
+        trie: TokenTrie,
+        end_tokens: Iterable[int] = (),
+        *,
+        mask_bytes: int = MASK_BYTES,
+        walk_bytes: int = WALK_BYTES,
+    ) -> None:
+        self.trie = trie
+        self.end_tokens = np.array(sorted(end_tokens), dtype=np.int64)
+        self.masks: BoundedCache[np.ndarray] = BoundedCache(mask_bytes, _nbytes)
+        self.walks: BoundedCache[Walk | CountedWalk | Reader] = BoundedCache(walk_bytes, _nbytes)
+        self.following: BoundedCache[tuple[Thread, ...]] = BoundedCache(
+            FOLLOWING_STATES, lambda _: 1, overhead=0
+        )
+        self._root = Roots(trie, np.array([ROOT], dtype=np.int32))
+
+    def mask(self, state: State) -> np.ndarray:
+        """The legal tokens after ``state``, bool[V], a new array."""
+        bits = self.masks.get(state, lambda: self._packed(state))
+        return self.trie.unpack(bits)
+
+    def _packed(self, state: State) -> np.ndarray:
+        """The legal tokens as packed bits."""
+        legal = np.zeros((self.trie.vocabulary + 7) // 8, dtype=np.uint8)
+        pending = [(thread, self._root) for thread in state.threads]
+        while pending:  # each round walks below the exits of the last one
+            exits: dict[Thread, list[np.ndarray]] = {}
+            for thread, roots in pending:
+                found = self._walk(thread, roots)
+                legal |= found.bits
+                for labels, nodes in found.exits:
+                    self._follow(thread, roots, labels, nodes, exits)
+            pending = [
+                (thread, Roots(self.trie, nodes))
+                for thread, parts in exits.items()
+                for nodes in _roots_of(thread, parts)
+            ]
+        mask = self.trie.unpack(legal)
+        mask[self.end_tokens] = state.finished
+        return np.packbits(mask)
+
+    def _follow(
+        self,
+        thread: Thread,
+        roots: Roots,
+        labels: int,
+        nodes: np.ndarray,
+        exits: dict[Thread, list[np.ndarray]],
+    ) -> None:
+        """Add to ``exits`` what follows ``thread`` when it leaves its terminal at ``nodes``."""
+        if not thread.texts:
+            for after in self._after(leave(thread, labels)):
+                exits.setdefault(after, []).append(nodes)
+            return
+        # The frames ask for the bytes read since the root, which differ from node to node.
+        begin = roots.groups[0][0]
+        for node in nodes:
+            read = self.trie.text(int(node))[begin:]
+            texts = tuple(text + read for text in thread.texts)
+            for after in self._after(leave(thread._replace(texts=texts), labels)):
+                exits.setdefault(after, []).append(node.reshape(1))
+
+    def _after(self, resumption: Resumption) -> tuple[Thread, ...]:
+        """The threads that follow where a terminal is left."""
+
+        def threads() -> tuple[Thread, ...]:
+            state = settle([resumption])
+            return () if state is None else tuple(state.threads)
+
+        return self.following.get(resumption, threads)
+
+    def _walk(self, thread: Thread, roots: Roots) -> Walk:
+        """The walk of one thread's terminal below ``roots``, within its length limits."""
+        terminal = thread.terminal
+        name = (terminal.dfa, terminal.allowed, terminal.counted)
+        key = (name, thread.state, roots)
+
+        def make() -> Walk | CountedWalk:
+            reader = self.walks.get(name, lambda: Reader(terminal))
+            assert isinstance(reader, Reader)
+            return walk(self.trie, reader, thread.state, roots)
+
+        found = self.walks.get(key, make)
+        if isinstance(found, CountedWalk):
+            counted = found
+            low, high = counted.clipped(*terminal.limits(thread.count))
+            found = self.walks.get((key, low, high), lambda: counted.within(self.trie, low, high))
+        assert isinstance(found, Walk)
+        return found
+
+
+def _roots_of(thread: Thread, parts: list[np.ndarray]) -> list[np.ndarray]:
+    """The roots of the walks that follow: all together, or each alone where the bytes since the
+    root matter.
+    """
+    nodes = np.unique(np.concatenate(parts))
+    return [node.reshape(1) for node in nodes] if thread.texts else [nodes]
+
+
+def _nbytes(value: np.ndarray | Walk | CountedWalk | Reader) -> int:
+    return value.nbytes

@@ -1,0 +1,225 @@
+"""Reading all tokens at once: one DFA walks the token trie, a level of nodes per array operation.
+
+From a set of root nodes, all in one state of the DFA, the state of every node below them is the
+table's entry for its parent's state and its own byte. State 0 is dead and stays dead, so a level
+is two gathers over the range of nodes below the live ones; the walk ends where nobody lives.
+
+A token may leave the terminal in its middle, where the DFA accepts and the trie goes on. These
+places are the walk's *exits*: nodes with children, grouped by the labels that are accepted
+there. What follows them depends on the stack, and is walked with these nodes as roots
+(``masks``). A walk itself depends on the DFA, the state, the labels allowed and the roots alone,
+and is therefore cached.
+
+A length limit is not part of the walk: each node carries the number of characters read since the
+roots, and one walk serves every remaining length (``CountedWalk.within``).
+
+| symbol   | name                                            | shape                   |
+|----------|-------------------------------------------------|-------------------------|
+| K        | nodes of the trie                               |                         |
+| S, C     | states and classes of bytes of the DFA          | table int32[S, C]       |
+| states   | state of each node, times C; 0 where it is dead | int32[K]                |
+| counts   | characters read since the root                  | int32[K]                |
+
+Left out: sharing walks between DFAs with equal parts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from refllm.decode.grammar.automaton import Terminal
+from refllm.decode.grammar.counts import UNBOUNDED, RemainingCounts
+from refllm.decode.grammar.token_trie import TokenTrie
+
+
+class Roots:
+    """Nodes of the trie where a walk begins, hashable; ``groups`` has those of each level.
+
+    Nodes of one level are never below each other, so that each group's walk gives every node one
+    state.
+    """
+
+    __slots__ = ("_key", "groups", "nodes")
+
+    def __init__(self, trie: TokenTrie, nodes: np.ndarray) -> None:
+        self.nodes = nodes  # int32, ascending, each once
+        self._key = nodes.tobytes()
+        cuts = np.searchsorted(nodes, trie.levels)
+        self.groups = [
+            (level, nodes[cuts[level] : cuts[level + 1]])
+            for level in range(len(trie.levels) - 1)
+            if cuts[level] < cuts[level + 1]
+        ]
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Roots) and self._key == other._key
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the nodes and of the key."""
+        return 2 * self.nodes.nbytes
+
+
+class Reader:
+    """A terminal's DFA as arrays: states times the number of classes, so that adding a class
+    gives a place in the flat table. States from which only labels that are not allowed can be
+    reached are dead.
+    """
+
+    def __init__(self, terminal: Terminal) -> None:
+        dfa = terminal.dfa
+        table = np.array(dfa.table, dtype=np.int32)
+        allowed = terminal.allowed
+        alive = np.array([bool(dfa.reachable_labels(s) & allowed) for s in range(dfa.states)])
+        self.alphabet = dfa.alphabet
+        self.classes = table.shape[1]
+        self.flat = (table * (alive[table] * self.classes)).astype(np.int32).reshape(-1)
+        accepted = [label & allowed for label in dfa.labels]
+        # 0, which accepts nothing, is the first
+        self.label_sets = (0, *sorted(set(accepted) - {0}))
+        place = {labels: i for i, labels in enumerate(self.label_sets)}
+        self.label_of = np.array([place[labels] for labels in accepted], dtype=np.int32)
+        self.increments: np.ndarray | None = None
+        self.remaining: RemainingCounts | None = None
+        if terminal.counted:
+            assert terminal.increments is not None
+            self.remaining = terminal.remaining
+            # bytes of one class complete characters alike
+            first = list(dfa.alphabet.representatives)
+            self.increments = np.asarray(terminal.increments)[:, first].reshape(-1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        counted = 0 if self.increments is None else self.increments.nbytes
+        return self.flat.nbytes + self.label_of.nbytes + counted
+
+
+Exit = tuple[int, np.ndarray]  # labels accepted, and the inner nodes int32 where they are
+
+
+@dataclass(frozen=True, eq=False)
+class Walk:
+    """What a walk means for tokens: ``bits`` are the tokens that end in a live node, packed
+    uint8; ``exits`` the inner nodes where the DFA accepts.
+    """
+
+    bits: np.ndarray
+    exits: tuple[Exit, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        return self.bits.nbytes + sum(nodes.nbytes for _, nodes in self.exits)
+
+
+@dataclass(frozen=True, eq=False)
+class CountedWalk:
+    """The live nodes of a terminal whose characters are counted, before any limit."""
+
+    nodes: np.ndarray  # int32[L]
+    states: np.ndarray  # int32[L], of the DFA
+    counts: np.ndarray  # int32[L], characters since the root
+    labels: np.ndarray  # int32[L], place in ``label_sets``
+    label_sets: tuple[int, ...]
+    remaining: RemainingCounts
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        arrays = (self.nodes, self.states, self.counts, self.labels)
+        return sum(array.nbytes for array in arrays)
+
+    @cached_property
+    def _effective(self) -> tuple[int, int]:
+        """Limits beyond which nothing changes: the smallest such lower, and upper one."""
+        longest = int(self.counts.max(initial=0))
+        ends = self.counts + self.remaining.most[self.states]
+        needed = self.counts + self.remaining.least[self.states]
+        largest = int(ends[ends < UNBOUNDED].max(initial=0))
+        return 1 + max(longest, largest), max(longest, int(needed.max(initial=0)))
+
+    def clipped(self, low: int, high: int) -> tuple[int, int]:
+        """These limits of the characters that may follow the root, each replaced by the nearest
+        one that allows the same tokens: far from its limits a string has one mask.
+        """
+        low = max(low, 0)
+        if self.remaining.levels is not None:
+            return low, high
+        at_most, at_least = self._effective
+        low = min(low, at_most)
+        return low, min(high, max(low, at_least))
+
+    def within(self, trie: TokenTrie, low: int, high: int) -> Walk:
+        """The walk in which ``low`` to ``high`` characters may follow the root."""
+        fewest = low - self.counts.astype(np.int64)
+        most = high - self.counts.astype(np.int64)
+        alive = self.remaining.within(self.states, fewest, most)
+        ends = (fewest <= 0) & (most >= 0)
+        labels = (self.labels * ends)[alive]
+        return _walk_of(trie, self.nodes[alive], labels, self.label_sets)
+
+
+def walk(trie: TokenTrie, reader: Reader, state: int, roots: Roots) -> Walk | CountedWalk:
+    """The walk of a DFA from ``state`` at all ``roots``."""
+    parts = [_descend(trie, reader, state, level, nodes) for level, nodes in roots.groups]
+    nodes = np.concatenate([part[0] for part in parts])
+    states = np.concatenate([part[1] for part in parts]) // reader.classes
+    labels = reader.label_of[states] * trie.has_children[nodes]
+    if reader.remaining is None:
+        return _walk_of(trie, nodes, labels, reader.label_sets)
+    counts = np.concatenate([part[2] for part in parts])
+    return CountedWalk(nodes, states, counts, labels, reader.label_sets, reader.remaining)
+
+
+def _walk_of(
+    trie: TokenTrie, nodes: np.ndarray, labels: np.ndarray, label_sets: tuple[int, ...]
+) -> Walk:
+    """The walk of live ``nodes`` int32[L]; ``labels`` int32[L] are places in ``label_sets``."""
+    live = np.zeros(len(trie), dtype=bool)
+    live[nodes] = True
+    places = np.flatnonzero(labels)
+    exits = []
+    for label in np.unique(labels[places]).tolist():
+        found = nodes[places[labels[places] == label]]
+        exits.append((label_sets[label], np.unique(found)))
+    return Walk(trie.pack(live), tuple(exits))
+
+
+def _descend(
+    trie: TokenTrie, reader: Reader, state: int, level: int, roots: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The live nodes below ``roots`` of one level: nodes int32[L], states int32[L] times the
+    number of classes, counts int32[L] (zeros where no characters are counted).
+    """
+    columns = trie.columns(reader.alphabet)
+    states = np.zeros(len(trie), dtype=np.int32)
+    states[roots] = state * reader.classes
+    counts = np.zeros(len(trie) if reader.increments is not None else 0, dtype=np.int32)
+    live: list[np.ndarray] = []
+    first = int(roots[0])
+    last = int(roots[-1])
+    while True:
+        begin = int(trie.children[first])
+        end = int(trie.children[last + 1])
+        parents = trie.parent[begin:end]
+        places = states[parents] + columns[begin:end]  # row 0 of the table is dead, and stays so
+        found = reader.flat[places]
+        alive = np.flatnonzero(found)
+        if not len(alive):
+            break
+        states[begin:end] = found
+        if reader.increments is not None:
+            counts[begin:end] = counts[parents] + reader.increments[places]
+        alive += begin
+        live.append(alive)
+        first = int(alive[0])
+        last = int(alive[-1])
+    nodes = np.concatenate(live).astype(np.int32) if live else np.zeros(0, dtype=np.int32)
+    return nodes, states[nodes], counts[nodes] if reader.increments is not None else counts
