@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from threading import Lock
 from typing import Generic, TypeVar
 
 Value = TypeVar("Value")
@@ -12,7 +13,7 @@ Value = TypeVar("Value")
 class BoundedCache(Generic[Value]):
     """Values by key, at most ``capacity`` bytes of them.
 
-    ``size_of`` says how many bytes a value has; ``overhead`` is added for its key. A value larger
+    ``size_of`` says how large a value is; ``overhead`` is added for its key. A value larger
     than the whole capacity is not kept. ``hits``, ``misses`` and ``evicted`` count.
 
     >>> cache = BoundedCache(10, len, overhead=0)
@@ -30,28 +31,33 @@ class BoundedCache(Generic[Value]):
         self.evicted = 0
         self._size_of = size_of
         self._overhead = overhead
+        self._lock = Lock()
         self._values: OrderedDict[Hashable, Value] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._values)
 
     def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
-        """The value of ``key``, made now if there is none."""
-        found = self._values.get(key)
-        if found is not None:
-            self.hits += 1
-            self._values.move_to_end(key)
-            return found
-        self.misses += 1
+        """The value of ``key``, made now if there is none. Threads may ask at the same time; then
+        a value may be made twice.
+        """
+        with self._lock:
+            found = self._values.get(key)
+            if found is not None:
+                self.hits += 1
+                self._values.move_to_end(key)
+                return found
+            self.misses += 1
         value = make()
         size = self._bytes(value)
-        if size <= self.capacity and key not in self._values:
-            self._values[key] = value
-            self.nbytes += size
-            while self.nbytes > self.capacity:
-                _, oldest = self._values.popitem(last=False)
-                self.nbytes -= self._bytes(oldest)
-                self.evicted += 1
+        with self._lock:
+            if size <= self.capacity and key not in self._values:
+                self._values[key] = value
+                self.nbytes += size
+                while self.nbytes > self.capacity:
+                    _, oldest = self._values.popitem(last=False)
+                    self.nbytes -= self._bytes(oldest)
+                    self.evicted += 1
         return value
 
     def _bytes(self, value: Value) -> int:

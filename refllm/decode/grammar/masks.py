@@ -22,7 +22,7 @@ Sources: XGrammar (arXiv 2411.15100, §3.1–3.2: context-independent tokens and
 mask cache); the index of states by tokens, Outlines (arXiv 2307.09702).
 
 Left out: storing the rejected tokens where they are fewer (a packed mask has V / 8 bytes); device
-arrays: masks are host arrays, and whoever masks logits on a GPU moves them.
+arrays: masks lie on the host.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 From a set of root nodes, all in one state of the DFA, the state of every node below them is the
 table's entry for its parent's state and its own byte. State 0 is dead and stays dead, so a level
-is two gathers over the range of nodes below the live ones; the walk ends where nobody lives.
+is two gathers over the range of nodes below the live ones; the walk ends where all are dead.
 
 A token may leave the terminal in its middle, where the DFA accepts and the trie goes on. These
 places are the walk's *exits*: nodes with children, grouped by the labels that are accepted
