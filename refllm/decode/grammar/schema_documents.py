@@ -131,10 +131,14 @@ class SchemaDocument:
         """The keywords of the schema at ``location``, in normal form (``schema_keywords.py``)."""
         if location not in self._resolved:
             assert isinstance(location, SchemaLocation), location
-            value = self._value(location.pointer)
-            assert isinstance(value, Mapping)
-            self._resolved[location] = normal_form(value, location, self)
+            self._resolved[location] = normal_form(self.source(location), location, self)
         return self._resolved[location]
+
+    def source(self, location: SchemaLocation) -> Mapping[str, object]:
+        """The schema at ``location`` as it was written."""
+        value = self._value(location.pointer)
+        assert isinstance(value, Mapping)
+        return value
 
     def locate(
         self, pointer: str, dialect: str, scope: tuple[tuple[str, str], ...] = ()
