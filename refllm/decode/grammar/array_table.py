@@ -24,6 +24,7 @@ Left out: which values are equal (``distinct.py``), the text, the stack (``array
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import product
 from typing import NamedTuple
 
@@ -81,6 +82,13 @@ class ArrayTable:
         """The node of the item at an index, counts apart."""
         prefix = self.shape.prefix
         return prefix[index] if index < len(prefix) else self.shape.rest
+
+    def nodes(self) -> Iterator[Node]:
+        """Every node that an item may have to fit, whatever was read before."""
+        self.feasible(self.start)  # looks at the choices in all states
+        for choices in self._choices.values():
+            for node, _ in choices:
+                yield node
 
     def closes(self, state: ArrayState) -> bool:
         """Whether the array may end."""

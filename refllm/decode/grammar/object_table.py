@@ -93,6 +93,12 @@ class ObjectTable:
         self._moves: dict[tuple[int, tuple[int, ...], int, int], Moves] = {}
         self._needed: dict[tuple[int, tuple[int, ...], int, int], int | None] = {}
 
+    def nodes(self) -> Iterator[Node]:
+        """Every node that a value of the object may have to fit, whatever was read before."""
+        for key in (*self.keys, *self.classes):
+            for value in self._values(key.node, key.serves, key.serves):
+                yield value.node
+
     def key_label(self, index: int) -> int:
         """The label of a named key."""
         return 1 << (FREE_LABELS + index)
