@@ -150,8 +150,8 @@ def _reject_circles(applied: Mapping[Location, list[Location]]) -> None:
             for each in following:
                 if each in path:
                     raise GrammarError(
-                        f"the schema at {each} applies itself to the same value, by way of "
-                        f"{location}: it allows no finite check",
+                        f"$ref at {each}: the schema applies itself to the same value, by way "
+                        f"of {location}",
                         keyword="$ref",
                         pointer=str(each),
                     )

@@ -67,9 +67,8 @@ def evaluate(document: SchemaDocument, location: Location, value: Loose) -> Eval
         return None
     if isinstance(value, str) and not _string_fits(keywords, value):
         return None
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        if not _number_fits(keywords, value):
-            return None
+    if _is_number(value) and not _number_fits(keywords, value):
+        return None
     found = Evaluated()
 
     def inside(where: Location, each: Loose) -> bool:
@@ -87,6 +86,10 @@ def evaluate(document: SchemaDocument, location: Location, value: Loose) -> Eval
     return found
 
 
+def _is_number(value: Loose) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _type_fits(keywords: Keywords, value: Loose) -> bool:
     """``type``."""
     if "type" not in keywords:
@@ -96,7 +99,7 @@ def _type_fits(keywords: Keywords, value: Loose) -> bool:
         return "null" in types
     if isinstance(value, bool):
         return "boolean" in types
-    if isinstance(value, int | float):
+    if _is_number(value):
         exact = "integer_is_exact" in keywords
         whole = isinstance(value, int) if exact else value == int(value)
         return "number" in types or (whole and "integer" in types)
@@ -117,9 +120,9 @@ def _string_fits(keywords: Keywords, value: str) -> bool:
     """``minLength``, ``maxLength``, ``pattern``, ``format``."""
     if not _counts(keywords, "Length", len(value)):
         return False
-    if "pattern" in keywords:
-        if not pattern_language(cast(str, keywords["pattern"])).matches(value):
-            return False
+    pattern = cast("str | None", keywords.get("pattern"))
+    if pattern is not None and not pattern_language(pattern).matches(value):
+        return False
     rule = formats.format_rule(cast(str, keywords.get("format", "")))
     return rule is None or any(
         dfa.matches(value) and low <= len(value) and (high is None or len(value) <= high)
@@ -155,12 +158,12 @@ def _applied(
     for each in cast(Sequence[Location], keywords.get("allOf", ())):
         if not found.add(same(each)):
             return False
-    if "anyOf" in keywords:  # all alternatives count, not only the first that fits
-        if not sum([found.add(same(each)) for each in cast(list[Location], keywords["anyOf"])]):
-            return False
-    if "oneOf" in keywords:
-        if sum([found.add(same(each)) for each in cast(list[Location], keywords["oneOf"])]) != 1:
-            return False
+    for keyword in ("anyOf", "oneOf"):
+        if keyword in keywords:  # all alternatives evaluate, not only the first that fits
+            parts = cast(Sequence[Location], keywords[keyword])
+            fitting = sum([found.add(same(each)) for each in parts])
+            if fitting == 0 or (fitting > 1 and keyword == "oneOf"):
+                return False
     if "not" in keywords and same(cast(Location, keywords["not"])) is not None:
         return False
     if "if" in keywords:
@@ -223,9 +226,9 @@ def _members_fit(
     dependent = cast(Mapping[str, Sequence[str]], keywords.get("dependentRequired", {}))
     if not all(other in value for key in dependent if key in value for other in dependent[key]):
         return False
-    if "propertyNames" in keywords:
-        if not all(inside(cast(Location, keywords["propertyNames"]), key) for key in value):
-            return False
+    names = keywords.get("propertyNames")
+    if names is not None and not all(inside(names, key) for key in value):
+        return False
     properties = cast(Locations, keywords.get("properties", {}))
     patterns = cast(Locations, keywords.get("patternProperties", {}))
     known: set[str] = set()

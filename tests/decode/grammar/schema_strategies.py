@@ -7,8 +7,8 @@ those that ``jsonschema`` judges alike: no float steps, no lookaround, ASCII.
 from hypothesis import strategies as st
 
 KEYS = ["a", "b", "ab", "c"]
-TEXTS = ["", "a", "b", "ab", "ba", "aab", "é\"\\"]
-NUMBERS = [0, 1, 2, 3, -1, 10, 0.5, 1.0, -2.5, 1e20]
+TEXTS = ["", "a", "b", "ab", "ba", "aab", 'é"\\']
+NUMBERS = [0, 1, 2, 3, -1, 10, 0.5, 1.0, -2.5, 1e15, 1e-7]
 PATTERNS = ["^a", "b$", "^a*$", "[^a]", "^.{2}$", "a|c"]
 TYPES = ["null", "boolean", "integer", "number", "string", "array", "object"]
 
