@@ -17,8 +17,10 @@ from math import ceil, floor
 
 from refllm.decode.grammar import dfa_operations, json_numbers
 from refllm.decode.grammar.dfa import DFA
+from refllm.decode.grammar.errors import GrammarError
 from refllm.decode.grammar.formulas import Atom, Conjunction, Formula, either
 
+MOST_CONSTANTS = 5_000  # numbers of one enum
 Number = int | float
 
 
@@ -207,6 +209,11 @@ def _part(atom: Atom) -> DFA:
         case Multiple(divisor, positive):
             return json_numbers.multiple_of(divisor, positive=positive)
         case Values(values, positive):
+            if len(values) > MOST_CONSTANTS:
+                raise GrammarError(
+                    f"a list of more than {MOST_CONSTANTS:,} numbers needs too large an automaton",
+                    keyword="enum",
+                )
             return json_numbers.values(tuple(sorted(values)), positive=positive)
         case Range(minimum, maximum, exclusive_minimum, exclusive_maximum):
             return json_numbers.interval(

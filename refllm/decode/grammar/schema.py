@@ -30,10 +30,11 @@ from refllm.decode.grammar.errors import GrammarError
 from refllm.decode.grammar.formats import format_rule
 from refllm.decode.grammar.json_frames import JsonFrames
 from refllm.decode.grammar.json_text import Whitespace
-from refllm.decode.grammar.object_table import Order
+from refllm.decode.grammar.object_keys import Order
 from refllm.decode.grammar.schema_algebra import SchemaAlgebra
 from refllm.decode.grammar.schema_dialects import ANNOTATIONS, DIALECTS
 from refllm.decode.grammar.schema_documents import SchemaDocument, SchemaLocation
+from refllm.decode.grammar.schema_errors import located
 from refllm.decode.grammar.schema_keywords import IN_PLACE, schemas_in
 from refllm.decode.grammar.shapes import Location, Node
 
@@ -85,8 +86,8 @@ def compile_schema(
     ("'colour' at # is not a keyword of 2020-12: it is not enforced",)
     """
     clock = _Clock(SECONDS)
+    document = SchemaDocument(schema, assert_formats=assert_formats)
     try:
-        document = SchemaDocument(schema, assert_formats=assert_formats)
         locations = _reachable_schemas(document)
         algebra = SchemaAlgebra(document)
         node = algebra.start(document.root)
@@ -94,6 +95,10 @@ def compile_schema(
             raise GrammarError("the JSON Schema is unsatisfiable: no JSON value fits it")
         frames = JsonFrames(algebra, order=order, whitespace=whitespace)
         _check_nodes(node, frames, clock)
+    except GrammarError as error:
+        if error.keyword is None or error.pointer is not None:
+            raise
+        raise located(error, document.root) from None
     except RecursionError:
         raise GrammarError(
             "the JSON Schema applies too many schemas inside each other: shorten its chains of "

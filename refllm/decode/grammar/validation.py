@@ -153,7 +153,7 @@ def _applied(
     found: Evaluated,
 ) -> bool:
     """The keywords that apply schemas to the value itself."""
-    if "$ref" in keywords and not found.add(same(cast(Location, keywords["$ref"]))):
+    if "$ref" in keywords and not found.add(same(keywords["$ref"])):
         return False
     for each in cast(Sequence[Location], keywords.get("allOf", ())):
         if not found.add(same(each)):
@@ -164,12 +164,12 @@ def _applied(
             fitting = sum([found.add(same(each)) for each in parts])
             if fitting == 0 or (fitting > 1 and keyword == "oneOf"):
                 return False
-    if "not" in keywords and same(cast(Location, keywords["not"])) is not None:
+    if "not" in keywords and same(keywords["not"]) is not None:
         return False
     if "if" in keywords:
-        holds = found.add(same(cast(Location, keywords["if"])))
+        holds = found.add(same(keywords["if"]))
         branch = "then" if holds else "else"
-        if branch in keywords and not found.add(same(cast(Location, keywords[branch]))):
+        if branch in keywords and not found.add(same(keywords[branch])):
             return False
     if isinstance(value, dict):
         for key, each in cast(Locations, keywords.get("dependentSchemas", {})).items():
@@ -196,16 +196,16 @@ def _items_fit(
             return False
     if "items" in keywords:
         found.items.update(range(len(value)))
-        if not all(inside(cast(Location, keywords["items"]), x) for x in value[len(prefix) :]):
+        if not all(inside(keywords["items"], x) for x in value[len(prefix) :]):
             return False
     if "contains" in keywords:
-        where = cast(Location, keywords["contains"])
+        where = keywords["contains"]
         matching = [index for index, each in enumerate(value) if inside(where, each)]
         found.items.update(matching)
         if not _counts({"minContains": 1, **keywords}, "Contains", len(matching)):
             return False
     if "unevaluatedItems" in keywords:
-        where = cast(Location, keywords["unevaluatedItems"])
+        where = keywords["unevaluatedItems"]
         rest = [each for index, each in enumerate(value) if index not in found.items]
         found.items.update(range(len(value)))
         return all(inside(where, each) for each in rest)
@@ -242,7 +242,7 @@ def _members_fit(
     found.keys |= known
     for keyword, done in (("additionalProperties", known), ("unevaluatedProperties", found.keys)):
         if keyword in keywords:
-            where = cast(Location, keywords[keyword])
+            where = keywords[keyword]
             if not all(inside(where, each) for key, each in value.items() if key not in done):
                 return False
             found.keys.update(value)
