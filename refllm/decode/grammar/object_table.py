@@ -95,8 +95,10 @@ class ObjectTable:
 
     def nodes(self) -> Iterator[Node]:
         """Every node that a value of the object may have to fit, whatever was read before."""
-        for key in (*self.keys, *self.classes):
-            for value in self._values(key.node, key.serves, key.serves):
+        kinds = [(key.node, key.serves) for key in self.keys]
+        kinds += [(keys.node, keys.serves) for keys in self.classes]
+        for node, serves in dict.fromkeys(kinds):
+            for value in self._values(node, serves, serves):
                 yield value.node
 
     def key_label(self, index: int) -> int:

@@ -103,8 +103,9 @@ def _type_fits(keywords: Keywords, value: Loose) -> bool:
         exact = "integer_is_exact" in keywords
         whole = isinstance(value, int) if exact else value == int(value)
         return "number" in types or (whole and "integer" in types)
-    names = {str: "string", list: "array", dict: "object"}
-    return names[type(value)] in types
+    if isinstance(value, str):
+        return "string" in types
+    return ("array" if isinstance(value, list) else "object") in types
 
 
 def _constants_fit(keywords: Keywords, value: Loose) -> bool:
@@ -168,8 +169,8 @@ def _applied(
         return False
     if "if" in keywords:
         holds = found.add(same(keywords["if"]))
-        branch = "then" if holds else "else"
-        if branch in keywords and not found.add(same(keywords[branch])):
+        then_or_else = "then" if holds else "else"
+        if then_or_else in keywords and not found.add(same(keywords[then_or_else])):
             return False
     if isinstance(value, dict):
         for key, each in cast(Locations, keywords.get("dependentSchemas", {})).items():
