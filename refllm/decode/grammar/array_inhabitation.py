@@ -48,7 +48,8 @@ def inhabited(shape: ArrayShape, values: Values, ask: Ask) -> bool:
         return _countable(shape, values, ask) and (
             not unique or _distinct_and_counted(shape, values, ask)
         )
-    if not all(ask(node) for node in _first_nodes(shape)):
+    answers = [ask(node) for node in _first_nodes(shape)]  # ask about all of them at once
+    if not all(answers):
         return False
     return not unique or _distinct(shape, values, ask)
 

@@ -143,20 +143,23 @@ def array_formula(keywords: Mapping[str, object]) -> list[Formula]:
     return found
 
 
-def items_at(conjunction: Conjunction, index: int) -> list[SignedLocation]:
-    """The schemas that item ``index`` fits."""
-    return [
-        atom.schema
-        for atom in conjunction
-        if (isinstance(atom, Items) and atom.start <= index)
-        or (isinstance(atom, Item) and atom.index == index)
-    ]
+class ItemSchemas:
+    """The schemas that the items of a conjunction fit, by index."""
 
+    def __init__(self, conjunction: Conjunction) -> None:
+        self.single: dict[int, list[SignedLocation]] = {}
+        self.several = [atom for atom in conjunction if isinstance(atom, Items)]
+        for atom in conjunction:
+            if isinstance(atom, Item):
+                self.single.setdefault(atom.index, []).append(atom.schema)
+        starts = [atom.start for atom in self.several]
+        # from this index on all items fit the same schemas
+        self.length = max([0, *starts, *(index + 1 for index in self.single)])
 
-def prefix_length(conjunction: Conjunction) -> int:
-    """The index from which on all items fit the same node."""
-    starts = [atom.start for atom in conjunction if isinstance(atom, Items)]
-    return max(starts + [atom.index + 1 for atom in conjunction if isinstance(atom, Item)] + [0])
+    def at(self, index: int) -> list[SignedLocation]:
+        """The schemas that item ``index`` fits."""
+        shared = [atom.schema for atom in self.several if atom.start <= index]
+        return self.single.get(index, []) + shared
 
 
 def simplify(conjunction: Conjunction, nodes: Nodes) -> Conjunction | None:
@@ -177,10 +180,11 @@ def simplify(conjunction: Conjunction, nodes: Nodes) -> Conjunction | None:
             kept.add(atom)
     kept.update(a for a in conjunction if not isinstance(a, Count | Matches))
     found = frozenset(kept)
-    for index in range(prefix_length(found) + 1):
+    items = ItemSchemas(found)
+    for index in range(items.length + 1):
         if high is not None and index >= high:
             break
-        if nodes.quickly_empty(nodes.node(items_at(found, index))):
+        if nodes.quickly_empty(nodes.node(items.at(index))):
             high = index
     if high is not None and low > high:
         return None
@@ -212,18 +216,18 @@ def implied(conjunction: Conjunction, atom: Atom, nodes: Nodes) -> bool:
         return True
     count = count_of(conjunction)
     high = count.maximum
+    items = ItemSchemas(conjunction)
     match atom:
         case Count():
             return count.narrowed(atom) == count
         case Item(index, schema):
             if high is not None and high <= index:
                 return True
-            found = items_at(conjunction, index)
-            return nodes.quickly_empty(nodes.node([*found, opposite(schema)]))
+            return nodes.quickly_empty(nodes.node([*items.at(index), opposite(schema)]))
         case Items(start, schema):
-            last = max(prefix_length(conjunction), start)
+            last = max(items.length, start)
             return all(
-                nodes.quickly_empty(nodes.node([*items_at(conjunction, i), opposite(schema)]))
+                nodes.quickly_empty(nodes.node([*items.at(i), opposite(schema)]))
                 for i in range(start, last + 1)
                 if high is None or i < high
             )
@@ -235,14 +239,14 @@ def shape(conjunction: Conjunction, nodes: Nodes, reject: Callable[[str], Except
     if Unique(False) in conjunction:
         raise reject("uniqueItems")
     count = count_of(conjunction)
-    length = prefix_length(conjunction)
+    items = ItemSchemas(conjunction)
     counts = [
         ItemCount(nodes.node([a.schema]), nodes.node([opposite(a.schema)]), a.low, a.high, a.start)
         for a in sorted((a for a in conjunction if isinstance(a, Matches)), key=repr)
     ]
     return ArrayShape(
-        prefix=tuple(nodes.node(items_at(conjunction, i)) for i in range(length)),
-        rest=nodes.node(items_at(conjunction, length)),
+        prefix=tuple(nodes.node(items.at(i)) for i in range(items.length)),
+        rest=nodes.node(items.at(items.length)),
         minimum=count.minimum,
         maximum=count.maximum,
         counts=tuple(counts),

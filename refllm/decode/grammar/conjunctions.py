@@ -55,6 +55,10 @@ class Rules(Protocol):
         """Whether all values of a conjunction fit an atom, as far as is seen."""
         ...
 
+    def disjoint(self, kind: str, one: Conjunction, other: Conjunction) -> bool:
+        """Whether it is cheap to see that no value fits both."""
+        ...
+
     def conjunctions(self, schema: Apply, kind: str, *, tracking: bool) -> list[Conjunction]:
         """The conjunctions of another schema."""
         ...
@@ -168,7 +172,10 @@ class Expansion:
 
     def _without(self, one: Conjunction, other: Apply, untracked: Expansion) -> list[Conjunction]:
         """The values of a conjunction that do not fit a schema."""
-        if not untracked.product([one], untracked._conjunctions(other)):
+        others = untracked._conjunctions(other)
+        if all(self.rules.disjoint(self.kind, one, each) for each in others):
+            return [one]
+        if not untracked.product([one], others):
             return [one]
         return untracked.product([one], untracked._conjunctions(other.negated()))
 

@@ -100,13 +100,17 @@ class Inhabitation:
             self._fixed_point(missing)
 
     def _fixed_point(self, first: list[Node]) -> None:
-        """Decide ``first`` and every node that the answers depend on."""
+        """Decide ``first`` and every node that the answers depend on.
+
+        New nodes go first, so that a node is looked at again after all that it asked about.
+        """
         asked_by: defaultdict[Node, set[Node]] = defaultdict(set)
         found: set[Node] = set()
-        pending = list(first)
-        seen = set(first)
-        while pending:
-            node = pending.pop()
+        new = list(dict.fromkeys(first))
+        again: dict[Node, None] = {}  # an ordered set
+        seen = set(new)
+        while new or again:
+            node = new.pop() if new else again.popitem()[0]
 
             def ask(other: Node, node: Node = node) -> bool:
                 if other in self.known:
@@ -115,12 +119,12 @@ class Inhabitation:
                     asked_by[other].add(node)
                     if other not in seen:
                         seen.add(other)
-                        pending.append(other)
+                        new.append(other)
                 return other in found
 
             if node not in found and self._fits(node, ask):
                 found.add(node)
-                pending.extend(asked_by.pop(node, ()))
+                again.update(dict.fromkeys(asked_by.pop(node, ())))
         for node in seen:
             self.known[node] = node in found
 

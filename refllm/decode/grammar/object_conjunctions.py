@@ -27,6 +27,7 @@ from refllm.decode.grammar.shapes import KeyClass, Node, ObjectShape, Witness
 from refllm.decode.grammar.string_rules import word_language
 
 MAX_CLASSES = 64  # of keys that no schema names
+MAX_KEY_STATES = 5_000  # of the automata of all classes of one object
 
 
 class KeyNodes(Nodes, Protocol):
@@ -95,6 +96,19 @@ class ObjectFacts:
                 if not self.nodes.quickly_empty(node):
                     found.append(key)
         return found
+
+
+def disjoint(one: ObjectFacts, other: ObjectFacts) -> bool:
+    """Whether a required key alone shows that no object fits both conjunctions.
+
+    A cheap look at discriminators, such as a required ``type`` with different constants.
+    """
+    nodes = one.nodes
+    return any(
+        nodes.quickly_empty(nodes.node(one.single[key] + other.single[key]))
+        for key in one.required | other.required
+        if key in one.single and key in other.single
+    )
 
 
 def simplify(conjunction: Conjunction, nodes: KeyNodes) -> Conjunction | None:
@@ -215,9 +229,10 @@ def _classes(atoms: Iterable[Members], nodes: KeyLanguages) -> Iterable[KeyClass
             split.append((inside | {base}, dfa_operations.intersect(cell, language)))
             split.append((inside, dfa_operations.difference(cell, language)))
         cells = [(inside, cell) for inside, cell in split if not cell.empty]
-        if len(cells) > MAX_CLASSES:
+        states = sum(cell.states for _, cell in cells)
+        if len(cells) > MAX_CLASSES or states > MAX_KEY_STATES:
             raise GrammarError(
-                f"the patterns of keys overlap in more than {MAX_CLASSES} ways: use fewer",
+                "the patterns of keys overlap in too many ways: use fewer or simpler ones",
                 keyword="patternProperties",
             )
     by_node: dict[Node, list[DFA]] = {}

@@ -44,7 +44,8 @@ def completable(
     needed = max(shape.minimum - len(used), len(missing))
     if room is not None and needed > room:
         return False
-    if not all(ask(shape.named[key]) for key in missing):
+    answers = [ask(shape.named[key]) for key in missing]  # ask about all of them at once
+    if not all(answers):
         return False
     if needed > len(missing) and not _enough_keys(shape, used, needed, ask):
         return False

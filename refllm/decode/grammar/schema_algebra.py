@@ -22,7 +22,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import cast
 
-from refllm.decode.grammar import array_rules, number_rules, object_conjunctions, string_rules
+from refllm.decode.grammar import (
+    array_rules,
+    number_rules,
+    object_conjunctions,
+    regex,
+    string_rules,
+)
 from refllm.decode.grammar.alphabet import CHARACTERS
 from refllm.decode.grammar.dfa import DFA
 from refllm.decode.grammar.dfa_operations import never, union, with_length
@@ -56,7 +62,7 @@ class SchemaAlgebra(SchemaExpansion):
     def key_language(self, base: Base) -> DFA:
         """The DFA over characters of the keys of a pattern or of a schema."""
         if isinstance(base, str):
-            return string_rules.pattern_language(base)
+            return regex.from_pattern(base, search=True)
         shapes = self.string_shapes(self.node([base]))
         if not shapes:
             return never(CHARACTERS)

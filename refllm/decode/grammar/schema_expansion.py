@@ -27,6 +27,7 @@ from refllm.decode.grammar import (
     number_rules,
     object_conjunctions,
     object_rules,
+    regex,
     string_rules,
 )
 from refllm.decode.grammar.conjunctions import EVERYTHING, Expansion, TooManyConjunctions
@@ -50,7 +51,7 @@ from refllm.decode.grammar.unevaluated import EVALUATED, other_items, other_memb
 from refllm.decode.grammar.unevaluated import KEYWORDS as UNEVALUATED
 
 MOST_WORK = 200_000  # conjunctions made for one document
-MOST_NODES = 50_000
+MOST_EXPANSIONS = 300_000  # of nodes, each kind of value counted by itself
 DEEPEST_LOOK = 20  # nodes inside each other that are looked into to see at once that they are empty
 MULTIPLYING = ("oneOf", "anyOf", "dependentSchemas", "dependentRequired", "not", "if", "allOf")
 SignedLocation = tuple[Location, bool]
@@ -85,6 +86,7 @@ class SchemaExpansion:
         self._expanding: dict[tuple[Location, bool, str, bool], int] = {}  # → len(_looking)
         self._fitting: dict[tuple[Node, str], list[Conjunction]] = {}
         self._empty: dict[Node, bool] = {}
+        self._facts: dict[Conjunction, object_conjunctions.ObjectFacts] = {}
 
     # --- nodes ------------------------------------------------------------------------------------
 
@@ -251,6 +253,15 @@ class SchemaExpansion:
                 return object_conjunctions.implied(conjunction, atom, self)
         return False
 
+    def disjoint(self, kind: str, one: Conjunction, other: Conjunction) -> bool:
+        """Whether it is cheap to see that no value fits two conjunctions of ``oneOf``."""
+        if kind != "object":
+            return False
+        for each in (one, other):
+            if each not in self._facts:
+                self._facts[each] = object_conjunctions.ObjectFacts(each, self)
+        return object_conjunctions.disjoint(self._facts[one], self._facts[other])
+
     def count_work(self) -> None:
         """Count one conjunction that is made, so that no document takes forever."""
         self._work += 1
@@ -260,7 +271,7 @@ class SchemaExpansion:
     def key_matches(self, base: Base, key: str) -> bool:
         """Whether a key is in the language of a pattern or fits a schema."""
         if isinstance(base, str):
-            return string_rules.pattern_language(base).matches(key)
+            return regex.from_pattern(base, search=True).matches(key)
         return any(
             all(string_rules.accepts(atom, key) for atom in each)
             for each in self.fitting(self.node([base]), "string")
@@ -272,23 +283,23 @@ class SchemaExpansion:
         """The conjunctions of the values of a kind that fit all schemas of a node."""
         key = node, kind
         if key not in self._fitting:
-            if len(self._fitting) > MOST_NODES:
+            if len(self._fitting) > MOST_EXPANSIONS:
                 raise GrammarError(
-                    f"the schema needs more than {MOST_NODES:,} combinations of its subschemas"
+                    "the schema combines its subschemas in too many ways: write fewer alternatives"
                 )
             found = [EVERYTHING]
-            factors = [
-                self.conjunctions(Apply(location, sign), kind, tracking=False)
-                for location, sign in sorted(node, key=repr)
-            ]
+            factors: list[list[Conjunction]] = []
+            for location, sign in sorted(node, key=repr):  # in the same order in every run
+                factors.append(self.conjunctions(Apply(location, sign), kind, tracking=False))
+                if not factors[-1]:
+                    break
             try:
                 for factor in sorted(factors, key=len):
                     found = Expansion(self, kind).product(found, factor)
+                    if not found:
+                        break
             except TooManyConjunctions:
-                location, _ = min(node, key=repr)
-                raise unenforceable(
-                    location, self._suspect(location), "has too many cases"
-                ) from None
+                raise self._too_many(min(node, key=repr)[0]) from None
             self._fitting[key] = found
         return self._fitting[key]
 

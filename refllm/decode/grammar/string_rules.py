@@ -45,7 +45,10 @@ class Words:
 
 @dataclass(frozen=True)
 class Pattern:
-    """Strings in which a regular expression is found (ECMA 262), or those without it."""
+    """Strings in which a regular expression is found (ECMA 262), or those without it.
+
+    Of a pattern such as ``^[a-z]{1,255}$`` the atom is ``^[a-z]*$``, beside a ``Count``.
+    """
 
     pattern: str
     positive: bool = True
@@ -101,10 +104,9 @@ def word_language(words: frozenset[str]) -> DFA:
     return from_words(dict.fromkeys(sorted(words), ACCEPT), size=CHARACTERS)
 
 
-@lru_cache(1024)
 def pattern_language(pattern: str) -> DFA:
-    """The strings in which an ECMA 262 pattern is found; GrammarError if it has no DFA."""
-    return regex.from_pattern(pattern, search=True)
+    """The language of a ``Pattern``; GrammarError if there is no DFA for it."""
+    return regex.from_pattern_with_length(pattern)[0]
 
 
 def string_formula(keywords: Mapping[str, object]) -> list[Formula]:
@@ -119,8 +121,8 @@ def string_formula(keywords: Mapping[str, object]) -> list[Formula]:
         found.append(Count(minimum, maximum))
     pattern = keywords.get("pattern")
     if isinstance(pattern, str):
-        pattern_language(pattern)  # reported where the schema stands
-        found.append(Pattern(pattern))
+        _, low, high = regex.from_pattern_with_length(pattern)
+        found.append(every((Pattern(pattern), Count(low, high))))
     name = keywords.get("format")
     if isinstance(name, str) and formats.format_rule(name) is not None:
         found.append(Format(name))
