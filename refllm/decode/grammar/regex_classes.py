@@ -69,9 +69,11 @@ class ClassScanner:
         if self.peek("{") and end > 0:
             name = self.text[self.at + 1 : end]
             self.at = end + 1
-        else:
+        elif self.dialect == "re2":
             name = self.text[self.at : self.at + 1]
             self.at += 1
+        else:
+            self.fail("a Unicode property lacks its name in braces", start)
         if name.startswith("^") and self.dialect == "re2":
             name = name[1:]
             inverted = not inverted
