@@ -10,9 +10,10 @@ from itertools import product
 
 from hypothesis import strategies as st
 
-from refllm.decode.grammar.automaton import State, accepting, step
-from refllm.decode.grammar.context_free import ContextFree
+from refllm.decode.grammar.automaton import Stack, State, Terminal, accepting, step
+from refllm.decode.grammar.context_free import ContextFree, Fork, Rest
 from refllm.decode.grammar.errors import GrammarError
+from refllm.decode.grammar.productions import Counted, Part
 from refllm.decode.grammar.rules import (
     EMPTY,
     Alternatives,
@@ -29,6 +30,8 @@ from refllm.decode.grammar.rules import (
 
 PLACE = Position(1, 1)
 LETTERS = "ab"
+FAR = 10**9
+CLOSING = bytes(sorted(range(256), key=lambda byte: (byte >= 127, byte < 32, byte)))
 NAMES = ("first", "second", "third")
 
 _leaves = st.one_of(
@@ -92,3 +95,65 @@ def accepts(automaton: ContextFree | None, text: str | bytes) -> bool:
         return False
     state = state_after(automaton, text)
     return state is not None and accepting(state)
+
+
+class ShortestTexts:
+    """How many more bytes a state needs to be a whole text: the closing of random texts."""
+
+    def __init__(self, automaton: ContextFree) -> None:
+        self.lengths: dict[Part, int] = {}
+        changed = True
+        while changed:  # Bellman and Ford's relaxation; few rounds are needed
+            changed = False
+            for symbol, productions in automaton.form.table.items():
+                for first, following in productions:
+                    needed = [first, *(each.symbol for each in following if not each.optional)]
+                    total = sum(self.length(each) for each in needed)
+                    if total < self.lengths.get(symbol, FAR):
+                        self.lengths[symbol] = total
+                        changed = True
+
+    def length(self, symbol: Part) -> int:
+        """Bytes of the shortest text of a symbol."""
+        if isinstance(symbol, Terminal):
+            return symbol.dfa.distance() or 0
+        if isinstance(symbol, Counted):
+            return symbol.minimum * self.length(symbol.item)
+        return self.lengths.get(symbol, FAR)
+
+    def height(self, stack: Stack | None) -> int:
+        """Bytes of the shortest text of a whole stack."""
+        total = 0
+        while stack is not None:
+            frame = stack.frame
+            if isinstance(frame, Fork):
+                return total + min(map(self.height, frame.stacks))
+            assert isinstance(frame, Rest)
+            if not frame.following.optional:
+                total += self.length(frame.following.symbol)
+            stack = stack.below
+        return total
+
+    def missing(self, state: State | None) -> int:
+        """Bytes that must follow a state at least."""
+        if state is None:
+            return FAR
+        if accepting(state):
+            return 0
+        return min(
+            (each.terminal.dfa.distance(each.state) or 0) + self.height(each.stack)
+            for each in state.threads
+        )
+
+    def closed(self, text: bytes, state: State) -> bytes:
+        """The text with a shortest ending."""
+        while missing := self.missing(state):
+            for byte in CLOSING:
+                after = step(state, byte)
+                if after is not None and self.missing(after) < missing:
+                    break
+            else:
+                raise AssertionError(f"{text!r} cannot be closed")
+            state = after
+            text += bytes([byte])
+        return text
