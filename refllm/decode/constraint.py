@@ -71,14 +71,18 @@ class NoTokenLeft(InputError):
     """No token may follow: what the grammar allows, something else forbids."""
 
 
-class _Ended:
-    """The state after an end token."""
+class _State:
+    """A state of no constraint."""
+
+    def __init__(self, name: str):
+        self.name = name
 
     def __repr__(self) -> str:
-        return "ENDED"
+        return self.name
 
 
-ENDED = _Ended()
+ENDED = _State("ENDED")  # after an end token
+ILLEGAL = _State("ILLEGAL")  # after a token that may not follow those before it
 
 
 class _Trail(NamedTuple):
@@ -155,8 +159,8 @@ class ConstraintStates:
         # the most recently used last
         self._trails: list[_Trail] = []
 
-    def state(self, output: Sequence[int]) -> Any | None:
-        """The state after ``output``; None if a token of it may not follow those before it."""
+    def state(self, output: Sequence[int]) -> Any:
+        """The state after ``output``; ILLEGAL if a token of it may not follow those before it."""
         shared, trail = self._nearest(output)
         if shared == len(output):  # perhaps a prefix: what follows it stays remembered
             return trail.states[shared]
@@ -164,8 +168,8 @@ class ConstraintStates:
         del trail.states[shared + 1 :]
         for token in output[shared:]:
             state = self._advance(trail.states[-1], token)
-            if state is None:
-                return None
+            if state is ILLEGAL:
+                return ILLEGAL
             trail.tokens.append(token)
             trail.states.append(state)
         return trail.states[-1]
@@ -175,7 +179,7 @@ class ConstraintStates:
         itself is illegal.
         """
         state = self.state(output)
-        if state is None:
+        if state is ILLEGAL:
             return None
         if state is ENDED:
             return np.zeros(self.vocabulary, bool)
@@ -184,8 +188,10 @@ class ConstraintStates:
     def is_complete(self, output: Sequence[int]) -> bool:
         """Whether ``output`` may end and nothing but end tokens may follow it."""
         state = self.state(output)
-        if state is None or state is ENDED or not self.accepts(state):
-            return state is ENDED
+        if state is ENDED:
+            return True
+        if state is ILLEGAL or not self.accepts(state):
+            return False
         mask = self._with_ends(self._call("mask", state), accepting=True)
         return count_legal(mask) == len(self.end_tokens)
 
@@ -196,7 +202,7 @@ class ConstraintStates:
     def forced(self, output: Sequence[int]) -> bytes:
         """The bytes that must follow ``output``; empty where there is a choice."""
         state = self.state(output)
-        if state is None or state is ENDED:
+        if state is ILLEGAL or state is ENDED:
             return b""
         return bytes(self._call("forced", state))
 
@@ -204,25 +210,25 @@ class ConstraintStates:
         """How many of ``tokens`` may follow ``output`` one after another."""
         whole = [*output, *tokens]
         for count in range(1, len(tokens) + 1):
-            if self.state(whole[: len(output) + count]) is None:
+            if self.state(whole[: len(output) + count]) is ILLEGAL:
                 return count - 1
         return len(tokens)
 
     # --- the constraint ---------------------------------------------------------------------
 
-    def _advance(self, state: Any, token: int) -> Any | None:
-        """The state after ``token``, or None if it may not follow."""
+    def _advance(self, state: Any, token: int) -> Any:
+        """The state after ``token``, or ILLEGAL if it may not follow."""
         if state is ENDED:
-            return None
+            return ILLEGAL
         if token in self.end_tokens:
-            return ENDED if self.accepts(state) else None
+            return ENDED if self.accepts(state) else ILLEGAL
         if token in self._foreign:
-            return None
+            return ILLEGAL
         try:
             return self._call("advance", state, token)
         except ConstraintFailure as failure:
             if isinstance(failure.error, InputError):
-                return None
+                return ILLEGAL
             raise
 
     def _call(self, name: str, *arguments: Any) -> Any:
@@ -272,7 +278,7 @@ class ConstraintStates:
         trail = self._trails[at]
         if self.width > 1 and shared < min(len(trail.tokens), len(output)):
             trail = _Trail(trail.tokens[:shared], trail.states[: shared + 1])
-            at = 0  # the least recently used one makes room
+            at = 0  # the least recently used one makes room  # mutate: equivalent (less work)
             if len(self._trails) < self.width:
                 self._trails.append(trail)
                 return shared, trail

@@ -35,7 +35,7 @@ from typing import NamedTuple
 import numpy as np
 
 from refllm.checkpoints.tokenizer import Tokenizer
-from refllm.decode.constraint import ConstraintStates
+from refllm.decode.constraint import ILLEGAL, ConstraintStates
 from refllm.decode.sampling_params import SamplingParams
 from refllm.decode.speculative.interface import NO_DRAFTS, Proposal
 
@@ -63,7 +63,7 @@ class JumpForward(NamedTuple):
         for tokens in self._encodings(before, last, text, forced):
             whole = [*before, *tokens]
             exact = self.tokenizer.decode(whole) == text + forced
-            if exact and self.states.state(whole) is not None:
+            if exact and self.states.state(whole) is not ILLEGAL:
                 return tokens[:most]
         return last
 

@@ -17,6 +17,7 @@ from processing import processed
 from refllm.api import Model
 from refllm.decode.constraint import (
     ENDED,
+    ILLEGAL,
     ConstraintFailure,
     ConstraintStates,
     NoTokenLeft,
@@ -66,7 +67,7 @@ def test_states_do_not_depend_on_what_was_asked_before(seed, outputs, width, end
         state = grammar.reads(output)
         mask = states.mask(output)
         if state is False:
-            assert states.state(output) is None
+            assert states.state(output) is ILLEGAL
             assert mask is None
         else:
             assert mask.tolist() == grammar.mask(state).tolist()
@@ -120,16 +121,56 @@ def test_sequences_that_grow_side_by_side_keep_their_states():
 
 def test_end_tokens_are_those_of_the_model():
     """A checkpoint may know another end token than its tokenizer, and more of them."""
-    grammar = TableGrammar([{0: 1}, {}], [1], 4, end_tokens=[3])
+
+    class Kept(TableGrammar):
+        """Its masks are its own, and not to be changed; token 4 is text to it."""
+
+        masks = (
+            np.array([True, False, False, False, True]),
+            np.array([False, False, False, True, False]),
+        )
+
+        def mask(self, state):
+            return self.masks[state]
+
+        def advance(self, state, token):
+            return 1
+
+    grammar = Kept([{0: 1}, {}], [1], 5, end_tokens=[3])
     states = ConstraintStates(grammar, 6, end_tokens=[4, 5])
-    assert states.mask([]).tolist() == [True] + [False] * 5
-    assert states.mask([0]).tolist() == [False] * 4 + [True] * 2
-    assert states.state([0, 3]) is None
+    for _ in range(2):
+        assert states.mask([]).tolist() == [True] + [False] * 5
+        assert states.mask([0]).tolist() == [False] * 4 + [True] * 2
+    assert states.state([0, 3]) is ILLEGAL
     assert states.state([0, 4]) is ENDED
-    assert states.state([4]) is None
-    assert states.state([0, 4, 5]) is None
+    assert states.state([4]) is ILLEGAL
+    assert states.state([0, 4, 5]) is ILLEGAL
     assert states.is_complete([0])
-    assert grammar.mask(1).tolist() == [False, False, False, True]  # the grammar's own is unchanged
+    assert states.is_complete([0, 5])
+    assert not states.is_complete([0, 3])
+    assert grammar.masks[0].tolist() == [True, False, False, False, True]
+    assert grammar.masks[1].tolist() == [False, False, False, True, False]
+
+
+def test_none_is_a_state_like_any_other():
+    class Free:
+        start = None
+
+        def mask(self, state):
+            return np.ones(V, bool)
+
+        def advance(self, state, token):
+            return None
+
+        def accepting(self, state):
+            return True
+
+    states = ConstraintStates(Free(), V)
+    assert states.state([0, 1]) is None
+    assert states.mask([0, 1]).all()
+    assert five_token_model().generate(PROMPT, 3, grammar=Free()) == five_token_model().generate(
+        PROMPT, 3
+    )
 
 
 def test_a_grammar_of_a_larger_vocabulary_is_of_another_tokenizer():

@@ -40,7 +40,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refllm.decode.constraint import ConstraintStates
+from refllm.decode.constraint import ILLEGAL, ConstraintStates
 from refllm.decode.sampling import draw
 from refllm.errors import InputError
 
@@ -113,7 +113,7 @@ def sample_by_rejection(
             return text
         if len(text) < horizon:
             text = (*text, draw(model(text), rng.random()))
-            if states.state(text) is not None:
+            if states.state(text) is not ILLEGAL:
                 continue
         text = ()  # illegal, or too long: rejected
 
