@@ -87,7 +87,7 @@ class PositionAutomaton:
     lookaheads: dict[Lookahead, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, tree: Node, *, inside_lookahead: bool = False) -> PositionAutomaton:
+    def of(cls, tree: Node, *, inside_lookahead: bool) -> PositionAutomaton:
         """The automaton of a pattern that is to match a whole text.
 
         Inside of a lookahead the text before is not known, so ``^`` and ``\\b`` are rejected where

@@ -53,7 +53,7 @@ MAX_WORK = 2_000_000  # positions looked at in one subset construction
 COUNTED = 64  # repetition counts above this can be counted beside the automaton
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=128)
 def from_pattern(pattern: str, *, search: bool, dialect: Dialect = "ecma") -> DFA:
     """The minimal automaton, over characters, of the texts that a regular expression matches.
 

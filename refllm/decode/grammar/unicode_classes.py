@@ -125,12 +125,6 @@ _LONG_NAMES = {
 _CASED = ("Lu", "Ll", "Lt")
 
 
-@cache
-def _categories() -> tuple[str, ...]:
-    """The two-letter category of every code point, each looked up once."""
-    return tuple(map(unicodedata.category, map(chr, range(CHARACTERS))))
-
-
 def _runs(flags: np.ndarray) -> list[Interval]:
     """The intervals in which a bool[size] array is true."""
     changes = np.flatnonzero(np.diff(np.concatenate(([False], flags, [False])))).tolist()
@@ -139,9 +133,10 @@ def _runs(flags: np.ndarray) -> list[Interval]:
 
 @cache
 def _category_table() -> dict[str, Set]:
-    names = sorted(set(_categories()))
-    numbers = {name: number for number, name in enumerate(names)}
-    codes = np.fromiter(map(numbers.__getitem__, _categories()), dtype=np.uint8, count=CHARACTERS)
+    """The code points of each two-letter category."""
+    found = list(map(unicodedata.category, map(chr, range(CHARACTERS))))  # each looked up once
+    numbers = {name: number for number, name in enumerate(sorted(set(found)))}
+    codes = np.fromiter(map(numbers.__getitem__, found), dtype=np.uint8, count=CHARACTERS)
     return {name: joined(_runs(codes == number)) for name, number in numbers.items()}
 
 

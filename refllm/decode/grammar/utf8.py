@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -224,13 +225,24 @@ def json_string(dfa: DFA) -> DFA:
     return json_string_counted(dfa)[0]
 
 
-@lru_cache(maxsize=256)
+# Kept as long as the automaton over characters is: an automaton over bytes may be large.
+_written: WeakKeyDictionary[DFA, tuple[DFA, Array]] = WeakKeyDictionary()
+
+
 def json_string_counted(dfa: DFA) -> tuple[DFA, Array]:
     """``json_string``, and which bytes complete a character: int8[S, 256], 0 or 1.
 
-    With these, the length of the string is counted beside the automaton (``counts.py``). Equal
-    automata (the same object) give the same result.
+    With these, the length of the string is counted beside the automaton (``counts.py``). The
+    same automaton gives the same result, so that states over it can be compared.
     """
+    found = _written.get(dfa)
+    if found is None:
+        found = _json_string_counted(dfa)
+        _written[dfa] = found
+    return found
+
+
+def _json_string_counted(dfa: DFA) -> tuple[DFA, Array]:
     _check_characters(dfa)
     if dfa.empty:
         return never(BYTES), np.zeros((1, BYTES), dtype=np.int8)

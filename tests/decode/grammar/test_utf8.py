@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -175,6 +177,16 @@ def test_labels_stay_on_their_words():
         assert to_bytes(dfa).label(word.encode()) == label
         assert json_string(dfa).label(json.dumps(word, ensure_ascii=False).encode()) == label
     assert json_string(dfa).cardinality == 4
+
+
+def test_the_same_automaton_has_one_json_string_as_long_as_it_lives():
+    dfa = from_words({"a": 1}, size=CHARACTERS)
+    quoted = json_string(dfa)
+    assert json_string(dfa) is json_string_counted(dfa)[0] is quoted
+    kept = weakref.ref(quoted)
+    del dfa, quoted
+    gc.collect()
+    assert kept() is None
 
 
 def test_degenerate_and_rejected_languages():
