@@ -55,6 +55,10 @@ class ByteTable:
         for byte, target in edges.items():
             row[byte] = target
 
+    def relabel(self, state: int, label: int) -> None:
+        """Set the labels that a state accepts."""
+        self._labels[state] = label
+
     def target(self, state: int, symbol: bytes) -> int:
         """The next state of ``state`` for a single byte."""
         return int(self._rows[state][symbol[0]])
@@ -103,29 +107,32 @@ class ByteTable:
 
     def dfa(self, start: int) -> DFA:
         """The DFA that begins in ``start``; only states reached from it are kept."""
-        reached = {start: 1} if start else {}
-        order = list(reached)
-        for state in order:
-            for target in np.unique(self._rows[state]).tolist():
-                if target and target not in reached:
-                    reached[target] = len(reached) + 1
-                    order.append(target)
-        renumber = np.zeros(len(self._rows), np.int32)
-        for state, number in reached.items():
-            renumber[state] = number
-        rows = renumber[np.stack([self._rows[0], *(self._rows[state] for state in order)])]
-        columns: dict[bytes, int] = {}  # bytes with equal columns are of one class
-        starts: list[int] = []
-        classes: list[int] = []
-        for byte in range(BYTES):
-            cls = columns.setdefault(rows[:, byte].tobytes(), len(columns))
-            if not classes or classes[-1] != cls:
-                starts.append(byte)
-                classes.append(cls)
-        alphabet = Alphabet(BYTES, tuple(starts), tuple(classes))
+        rows = np.stack(self._rows)  # [S, 256]
+        alphabet = _alphabet_of(rows)
         table = rows[:, list(alphabet.representatives)].tolist()
-        labels = (0, *(self._labels[state] for state in order))
-        return DFA(alphabet, table, 1 if start else 0, labels)
+        numbers = {0: 0, start: 1} if start else {0: 0}  # old state → new one
+        order = list(numbers)
+        for state in order:
+            for target in set(table[state]):
+                if target not in numbers:
+                    numbers[target] = len(numbers)
+                    order.append(target)
+        reached = [[numbers[target] for target in table[state]] for state in order]
+        labels = tuple(self._labels[state] for state in order)
+        return DFA(alphabet, reached, numbers[start], labels)
+
+
+def _alphabet_of(rows: np.ndarray) -> Alphabet:
+    """The bytes with equal columns of ``rows`` int32[S, 256] as classes."""
+    columns: dict[bytes, int] = {}
+    starts: list[int] = []
+    classes: list[int] = []
+    for byte, column in enumerate(np.ascontiguousarray(rows.T)):
+        cls = columns.setdefault(column.tobytes(), len(columns))
+        if not classes or classes[-1] != cls:
+            starts.append(byte)
+            classes.append(cls)
+    return Alphabet(BYTES, tuple(starts), tuple(classes))
 
 
 def byte_edges(symbol: bytes, target: int) -> dict[int, int]:

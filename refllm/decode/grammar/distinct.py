@@ -35,6 +35,7 @@ from refllm.decode.grammar.json_values import (
     Truth,
     read_value,
 )
+from refllm.decode.grammar.number_texts import TEXTS_PER_NUMBER, canonical
 from refllm.decode.grammar.object_table import ObjectState, ObjectTable
 from refllm.decode.grammar.shapes import Node, NumberShape, StringShape
 
@@ -45,7 +46,6 @@ LITERALS: dict[str, Frozen] = {"null": None, "true": Truth.TRUE, "false": Truth.
 BATCH = 128  # limits are rounded up to multiples, so that answers are found again
 DEEP = 200
 MOST_SEARCHED = 10_000
-TEXTS_PER_NUMBER = 8  # 1, 1.0, …
 
 
 class _TooMany(Exception):
@@ -230,7 +230,7 @@ def _strings(shape: StringShape, limit: int) -> set[Frozen]:
 
 def _numbers(shape: NumberShape, limit: int) -> set[Frozen]:
     """All numbers of a shape."""
-    texts = _words(shape.dfa, limit * TEXTS_PER_NUMBER)
+    texts = _words(canonical(shape.dfa), limit * TEXTS_PER_NUMBER)
     return {read_value(bytes(text)) for text in texts}
 
 

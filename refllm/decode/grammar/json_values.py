@@ -53,5 +53,12 @@ def freeze(value: Loose) -> Frozen:
 
 
 def read_value(text: bytes) -> Frozen:
-    """The value of a JSON text."""
-    return freeze(json.loads(text))
+    """The value of a JSON text. Integers of more digits than Python reads are infinite."""
+    return freeze(json.loads(text, parse_int=_integer))
+
+
+def _integer(text: str) -> int | float:
+    try:
+        return int(text)
+    except ValueError:  # sys.get_int_max_str_digits()
+        return float(text)

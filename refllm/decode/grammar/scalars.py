@@ -9,14 +9,16 @@ Left out: nothing; numbers are ``json_numbers.py``'s, strings ``regex.py``'s and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+from refllm.array_types import Loose
 from refllm.decode.grammar.alphabet import BYTES, CHARACTERS
 from refllm.decode.grammar.automaton import Terminal
 from refllm.decode.grammar.dfa import DFA
-from refllm.decode.grammar.dfa_builders import from_words
+from refllm.decode.grammar.dfa_builders import from_words, literal
 from refllm.decode.grammar.dfa_operations import difference
 from refllm.decode.grammar.json_values import Frozen, Truth
+from refllm.decode.grammar.number_texts import canonical, short_texts, texts_of
 from refllm.decode.grammar.shapes import NumberShape, StringShape, ValueShapes
 from refllm.decode.grammar.utf8 import json_string, json_string_counted
 
@@ -27,7 +29,7 @@ class Scalars:
     def __init__(self) -> None:
         self._literals: dict[frozenset[str], DFA] = {}
         self._strings: dict[tuple[DFA, int, int | None, bool], Terminal] = {}
-        self._without: dict[tuple[DFA, frozenset[str | bytes]], DFA] = {}
+        self._without: dict[tuple[DFA, frozenset[Frozen]], DFA] = {}
 
     def terminals(
         self, shapes: ValueShapes, forbidden: frozenset[Frozen] | None
@@ -37,7 +39,7 @@ class Scalars:
         """
         capture = forbidden is not None
         values = forbidden or frozenset()
-        literals = shapes.literals - {_literal(value) for value in values}
+        literals = shapes.literals - {_literal_of(value) for value in values}
         if literals:
             yield Terminal(self._literal_dfa(literals), capture=capture)
         for string in shapes.strings:
@@ -57,14 +59,14 @@ class Scalars:
 
     def _string(self, shape: StringShape, forbidden: frozenset[Frozen], capture: bool) -> Terminal:
         counted = shape.minimum > 0 or shape.maximum is not None
-        words = frozenset(
+        words: frozenset[Frozen] = frozenset(
             value
             for value in forbidden
             if isinstance(value, str)
             and shape.dfa.matches(value)
             and (counted or shape.dfa.bounded(shape.dfa.run(map(ord, value))))
         )
-        dfa = self._difference(shape.dfa, words, CHARACTERS)
+        dfa = self._difference(shape.dfa, words, _string_language)
         known = dfa, shape.minimum, shape.maximum, capture
         if known not in self._strings:
             if counted:
@@ -76,44 +78,46 @@ class Scalars:
         return self._strings[known]
 
     def _number(self, shape: NumberShape, forbidden: frozenset[Frozen]) -> DFA:
-        words = frozenset(
-            text
+        canon = canonical(shape.dfa)
+        values = {
+            value
             for value in forbidden
             if isinstance(value, int | float)
-            for text in number_texts(value)
-            if (state := shape.dfa.run(text)) and shape.dfa.bounded(state)
-        )
-        return self._difference(shape.dfa, words, BYTES)
+            and any(
+                (state := canon.run(text)) and canon.bounded(state) for text in short_texts(value)
+            )
+        }
+        return self._difference(shape.dfa, frozenset(values), texts_of)
 
-    def _difference(self, dfa: DFA, words: frozenset[str | bytes], size: int) -> DFA:
-        """The language without some words."""
-        if not words:
+    def _difference(
+        self,
+        dfa: DFA,
+        values: frozenset[Frozen],
+        language: Callable[[Loose], DFA],
+    ) -> DFA:
+        """The texts that are in the ``language`` of none of these values."""
+        if not values:
             return dfa
-        if (dfa, words) not in self._without:
-            without = from_words(dict.fromkeys(sorted(words), 1), size=size)
-            self._without[dfa, words] = difference(dfa, without)
-        return self._without[dfa, words]
+        if (dfa, values) not in self._without:
+            # mostly one value came to those that were taken out before
+            for value in values:
+                known = self._without.get((dfa, values - {value}))
+                if known is not None:
+                    self._without[dfa, values] = difference(known, language(value))
+                    break
+            else:
+                rest = dfa
+                for value in values:
+                    rest = difference(rest, language(value))
+                self._without[dfa, values] = rest
+        return self._without[dfa, values]
 
 
-def number_texts(value: int | float) -> set[bytes]:
-    """The texts of a number that ``json.dumps`` may write: as an integer and as a float.
-
-    >>> sorted(number_texts(2.0))
-    [b'2', b'2.0']
-    """
-    texts = {repr(value)}
-    if value == 0:
-        texts |= {"0", "-0", "0.0", "-0.0"}
-    if value == int(value):
-        texts.add(str(int(value)))
-    try:
-        texts.add(repr(float(value)))
-    except OverflowError:  # an integer beyond the floats
-        pass
-    return {text.encode() for text in texts}
+def _string_language(value: str) -> DFA:
+    return literal(value, size=CHARACTERS)
 
 
-def _literal(value: Frozen) -> str:
+def _literal_of(value: Frozen) -> str:
     """The literal with this value; an empty text for any other value."""
     if value is None:
         return "null"

@@ -21,6 +21,7 @@ from hand_made_shapes import (
 from hypothesis import given
 from hypothesis import strategies as st
 
+from refllm.decode.grammar import json_numbers
 from refllm.decode.grammar.alphabet import CHARACTERS
 from refllm.decode.grammar.dfa_builders import anything
 from refllm.decode.grammar.errors import GrammarError
@@ -29,6 +30,7 @@ from refllm.decode.grammar.shapes import (
     ArrayShape,
     ItemCount,
     KeyClass,
+    NumberShape,
     ObjectShape,
     StringShape,
     ValueShapes,
@@ -122,6 +124,19 @@ def test_one_and_one_point_zero_are_the_same_item() -> None:
     assert accepted(frames, ARRAY, "[1,true,2.0]")
     assert not accepted(frames, ARRAY, "[1,1.0]")
     assert read(frames, ARRAY, "[1,1") is None, "1.0 is the only way on, and no other item"
+
+
+def test_two_numbers_are_two_items_however_they_are_spelled() -> None:
+    numbers = ValueShapes(numbers=(NumberShape(json_numbers.values((1, 2))),))
+    frames = JsonFrames(
+        algebra(ArrayShape((), named("numbers"), unique=True), numbers=numbers),
+        whitespace="compact",
+    )
+    assert accepted(frames, ARRAY, "[1.000,2]")
+    assert read(frames, ARRAY, "[1.0,1") is None
+    assert read(frames, ARRAY, "[1,2.00,") is None, "no third number is left"
+    three = ArrayShape((), named("numbers"), 3, unique=True)
+    assert JsonFrames(algebra(three, numbers=numbers)).start(ARRAY) is None
 
 
 def test_of_endlessly_many_strings_none_comes_twice() -> None:

@@ -8,12 +8,13 @@ from hand_made_shapes import HandMade, few, words
 from hypothesis import given
 from hypothesis import strategies as st
 
+from refllm.decode.grammar import json_numbers
 from refllm.decode.grammar.alphabet import BYTES, CHARACTERS
 from refllm.decode.grammar.automaton import accepting, enter, step
 from refllm.decode.grammar.dfa_builders import anything, from_words
-from refllm.decode.grammar.dfa_operations import difference
+from refllm.decode.grammar.dfa_operations import difference, intersect, union
 from refllm.decode.grammar.json_values import freeze
-from refllm.decode.grammar.scalars import Scalars, number_texts
+from refllm.decode.grammar.scalars import Scalars
 from refllm.decode.grammar.shapes import NumberShape, StringShape, ValueShapes
 
 ALL = [None, True, False, "", "a", "ab", "é", 0, 1, 1.5, -2]
@@ -58,14 +59,21 @@ def test_all_texts_of_a_number_are_one_value() -> None:
     assert reads(shapes, "12", frozenset({0, 1}))
 
 
-@given(st.integers() | st.floats(allow_nan=False, allow_infinity=False))
-def test_the_texts_of_a_number_are_read_as_it(value) -> None:
-    texts = number_texts(value)
-    assert json.dumps(value).encode() in texts
-    for text in texts:
-        assert float(json.loads(text)) == float(value)
-        if isinstance(value, int):
-            assert json.loads(text) == value or abs(value) > 2**53
+def test_no_spelling_of_a_used_number_is_begun() -> None:
+    numbers = intersect(json_numbers.interval(0, 2), json_numbers.integer())
+    shapes = ValueShapes(numbers=(NumberShape(numbers),))
+    assert reads(shapes, "1", frozenset({1})) is None
+    assert reads(shapes, "2.00", frozenset({1}))
+    whole = ValueShapes(numbers=(NumberShape(json_numbers.integer()),))
+    assert reads(whole, "1.0", frozenset({1})), "1.0e+16 begins so: rejected when it ends"
+    few_or_many = union(json_numbers.values((1, 15)), json_numbers.values(tuple(range(100, 200))))
+    mixed = ValueShapes(numbers=(NumberShape(few_or_many),))
+    assert reads(mixed, "1", frozenset({1, 15})) is False, "100 begins so"
+    assert reads(mixed, "1.", frozenset({1, 15})) is None
+    assert reads(mixed, "15", frozenset({1, 15})) is False, "150 begins so"
+    some = ValueShapes(numbers=(NumberShape(json_numbers.interval(0, 2)),))
+    assert reads(some, "2e0", frozenset({2})) is None
+    assert reads(some, "1.5", frozenset({2, 0, 1}))
 
 
 def test_text_is_kept_where_values_are_compared() -> None:
