@@ -11,12 +11,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+from hypothesis import reject
 from hypothesis import strategies as st
 
 from refllm.decode.grammar.alphabet import BYTES
 from refllm.decode.grammar.automaton import Stack, State, Terminal, enter, step
 from refllm.decode.grammar.dfa import DFA
 from refllm.decode.grammar.dfa_builders import from_edges, literal
+from refllm.decode.grammar.errors import GrammarError
 
 LETTERS = "ab,é"
 SYMBOLS = sorted(set(LETTERS.encode()))
@@ -163,12 +165,17 @@ def read(state: State | None, text: bytes) -> State | None:
 
 
 def reachable(start: State, tokens: Iterable[bytes | None], limit: int) -> list[State]:
-    """The first ``limit`` states that tokens reach, breadth first."""
+    """The first ``limit`` states that tokens reach, breadth first; a grammar that becomes too
+    ambiguous rejects the example.
+    """
     found = [start]
     seen = {start}
     for state in found:
         for token in tokens:
-            after = read(state, token) if token else None
+            try:
+                after = read(state, token) if token else None
+            except GrammarError:
+                reject()
             if after is not None and after not in seen and len(found) < limit:
                 seen.add(after)
                 found.append(after)

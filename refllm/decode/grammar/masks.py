@@ -34,7 +34,7 @@ import numpy as np
 from refllm.decode.grammar.automaton import Resumption, State, Thread, leave, settle, step
 from refllm.decode.grammar.bounded_cache import BoundedCache
 from refllm.decode.grammar.token_trie import ROOT, TokenTrie
-from refllm.decode.grammar.trie_walk import CountedWalk, Reader, Roots, Walk, walk
+from refllm.decode.grammar.trie_walk import CountedWalk, Reader, Roots, Walk, distinct, walk
 
 MASK_BYTES = 64 << 20
 WALK_BYTES = 128 << 20
@@ -46,7 +46,7 @@ def naive_mask(
 ) -> np.ndarray:
     """bool[V]: the definition, token by token.
 
-    >>> from refllm.decode.grammar.automaton import enter
+    >>> from refllm.decode.grammar.automaton import Terminal, enter
     >>> from refllm.decode.grammar.dfa_builders import literal
     >>> start = enter([(Terminal(literal(b"ab", size=256)), None)])
     >>> naive_mask(start, [b"a", b"ab", b"b", b"abc", b"", None], [5]).tolist()
@@ -86,6 +86,7 @@ class TokenMasks:
         self.following: BoundedCache[tuple[Thread, ...]] = BoundedCache(
             FOLLOWING_STATES, lambda _: 1, overhead=0
         )
+        self._single: dict[int, Roots] = {}  # of one node each
         self._root = Roots(trie, np.array([ROOT], dtype=np.int32))
 
     def mask(self, state: State) -> np.ndarray:
@@ -105,9 +106,9 @@ class TokenMasks:
                 for labels, nodes in found.exits:
                     self._follow(thread, roots, labels, nodes, exits)
             pending = [
-                (thread, Roots(self.trie, nodes))
+                (thread, roots)
                 for thread, parts in exits.items()
-                for nodes in _roots_of(thread, parts)
+                for roots in self._roots_of(thread, parts)
             ]
         mask = self.trie.unpack(legal)
         mask[self.end_tokens] = state.finished
@@ -133,6 +134,18 @@ class TokenMasks:
             texts = tuple(text + read for text in thread.texts)
             for after in self._after(leave(thread._replace(texts=texts), labels)):
                 exits.setdefault(after, []).append(node.reshape(1))
+
+    def _roots_of(self, thread: Thread, parts: list[np.ndarray]) -> list[Roots]:
+        """The roots of the walks that follow: all together, or each alone where the bytes since
+        the root matter.
+        """
+        nodes = parts[0] if len(parts) == 1 else distinct(np.concatenate(parts))
+        if not thread.texts and len(nodes) > 1:
+            return [Roots(self.trie, nodes)]
+        for node in nodes.tolist():
+            if node not in self._single:
+                self._single[node] = Roots(self.trie, np.array([node], dtype=np.int32))
+        return [self._single[node] for node in nodes.tolist()]
 
     def _after(self, resumption: Resumption) -> tuple[Thread, ...]:
         """The threads that follow where a terminal is left."""
@@ -161,14 +174,6 @@ class TokenMasks:
             found = self.walks.get((key, low, high), lambda: counted.within(self.trie, low, high))
         assert isinstance(found, Walk)
         return found
-
-
-def _roots_of(thread: Thread, parts: list[np.ndarray]) -> list[np.ndarray]:
-    """The roots of the walks that follow: all together, or each alone where the bytes since the
-    root matter.
-    """
-    nodes = np.unique(np.concatenate(parts))
-    return [node.reshape(1) for node in nodes] if thread.texts else [nodes]
 
 
 def _nbytes(value: np.ndarray | Walk | CountedWalk | Reader) -> int:

@@ -71,6 +71,11 @@ class TokenTrie:
         counts = np.bincount(self.parent[1:], minlength=len(self.parent))
         self.children = np.concatenate([[1], 1 + np.cumsum(counts)]).astype(np.int32)
         self.has_children = counts > 0
+        # the tokens of node i are _by_node[_token_begins[i]:_token_begins[i + 1]]
+        self._by_node = np.argsort(self.node, kind="stable").astype(np.int32)
+        tokens = np.bincount(self.node, minlength=len(self.parent))
+        self._token_begins = np.concatenate([[0], np.cumsum(tokens)]).astype(np.int32)
+        self._firsts = np.array(self.levels)
         self._columns = lru_cache(maxsize=64)(self._classes_of)
 
     def __len__(self) -> int:
@@ -96,9 +101,9 @@ class TokenTrie:
         classes = np.repeat(np.array(alphabet.classes, dtype=np.uint8), lengths)  # of each byte
         return classes[self.byte]
 
-    def level(self, node: int) -> int:
-        """The level of a node: the number of bytes that lead to it."""
-        return int(np.searchsorted(self.levels, node, side="right")) - 1
+    def level(self, nodes: np.ndarray) -> np.ndarray:
+        """The level of each node, int64[L]: the number of bytes that lead to it."""
+        return np.searchsorted(self._firsts, nodes, side="right") - 1
 
     def text(self, node: int) -> bytes:
         """The bytes that lead from the root to ``node``."""
@@ -108,11 +113,23 @@ class TokenTrie:
             node = int(self.parent[node])
         return bytes(reversed(found))
 
-    def pack(self, live: np.ndarray) -> np.ndarray:
-        """The tokens whose node is ``live`` bool[K], as packed bits uint8[ceil(V / 8)]; the root
-        must not be.
+    def pack(self, nodes: np.ndarray) -> np.ndarray:
+        """The tokens of these nodes int[L], as packed bits uint8[ceil(V / 8)]; the root must not
+        be among them.
         """
-        return np.packbits(live[self.node])
+        if len(nodes) > len(self) // 16:
+            live = np.zeros(len(self), dtype=bool)
+            live[nodes] = True
+            return np.packbits(live[self.node])
+        mask = np.zeros(self.vocabulary, dtype=bool)
+        begin = self._token_begins[nodes]
+        counts = self._token_begins[nodes + 1] - begin
+        if len(nodes) and int(counts.max()) > 1:  # equal tokens
+            begin = np.repeat(begin, counts) + _places_in_groups(counts)
+        else:
+            begin = begin[counts > 0]
+        mask[self._by_node[begin]] = True
+        return np.packbits(mask)
 
     def unpack(self, bits: np.ndarray) -> np.ndarray:
         """bool[V] of packed bits."""
@@ -125,6 +142,16 @@ class TokenTrie:
 
     def __reduce__(self) -> tuple[object, ...]:
         return TokenTrie, (self.tokens,)
+
+
+def _places_in_groups(counts: np.ndarray) -> np.ndarray:
+    """0 … n-1 for each n of ``counts``, one after another.
+
+    >>> _places_in_groups(np.array([2, 0, 3])).tolist()
+    [0, 1, 0, 1, 2]
+    """
+    ends = np.cumsum(counts)
+    return np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - counts, counts)
 
 
 # One trie for each tokenizer object, as long as it lives.

@@ -27,12 +27,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
 from refllm.decode.grammar.automaton import Terminal
 from refllm.decode.grammar.counts import UNBOUNDED, RemainingCounts
 from refllm.decode.grammar.token_trie import TokenTrie
+
+_NONE = np.zeros(0, dtype=np.int32)
 
 
 class Roots:
@@ -47,11 +50,10 @@ class Roots:
     def __init__(self, trie: TokenTrie, nodes: np.ndarray) -> None:
         self.nodes = nodes  # int32, ascending, each once
         self._key = nodes.tobytes()
-        cuts = np.searchsorted(nodes, trie.levels)
+        levels = trie.level(nodes).tolist()
+        cuts = [i for i in range(len(levels)) if i == 0 or levels[i] != levels[i - 1]]
         self.groups = [
-            (level, nodes[cuts[level] : cuts[level + 1]])
-            for level in range(len(trie.levels) - 1)
-            if cuts[level] < cuts[level + 1]
+            (levels[begin], nodes[begin:end]) for begin, end in pairwise([*cuts, len(nodes)])
         ]
 
     def __hash__(self) -> int:
@@ -182,44 +184,56 @@ def _walk_of(
     trie: TokenTrie, nodes: np.ndarray, labels: np.ndarray, label_sets: tuple[int, ...]
 ) -> Walk:
     """The walk of live ``nodes`` int32[L]; ``labels`` int32[L] are places in ``label_sets``."""
-    live = np.zeros(len(trie), dtype=bool)
-    live[nodes] = True
-    places = np.flatnonzero(labels)
     exits = []
-    for label in np.unique(labels[places]).tolist():
-        found = nodes[places[labels[places] == label]]
-        exits.append((label_sets[label], np.unique(found)))
-    return Walk(trie.pack(live), tuple(exits))
+    places = np.flatnonzero(labels)
+    if len(places):
+        for label in sorted(set(labels[places].tolist())):
+            found = nodes[places[labels[places] == label]]
+            exits.append((label_sets[label], distinct(found)))
+    return Walk(trie.pack(nodes), tuple(exits))
+
+
+def distinct(nodes: np.ndarray) -> np.ndarray:
+    """The nodes in ascending order, each once."""
+    if len(nodes) < 2:
+        return nodes
+    ordered = np.sort(nodes)
+    return ordered[np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))]
 
 
 def _descend(
     trie: TokenTrie, reader: Reader, state: int, level: int, roots: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The live nodes below ``roots`` of one level: nodes int32[L], states int32[L] times the
-    number of classes, counts int32[L] (zeros where no characters are counted).
+    number of classes, counts int32[L] (empty where no characters are counted).
     """
     columns = trie.columns(reader.alphabet)
-    states = np.zeros(len(trie), dtype=np.int32)
-    states[roots] = state * reader.classes
-    counts = np.zeros(len(trie) if reader.increments is not None else 0, dtype=np.int32)
-    live: list[np.ndarray] = []
+    counted = reader.increments is not None
     first = int(roots[0])
     last = int(roots[-1])
+    # states and counts of the nodes first … last
+    states = np.zeros(last - first + 1, dtype=np.int32)
+    states[roots - first] = state * reader.classes
+    counts = np.zeros_like(states)
+    live = [(_NONE, _NONE, _NONE)]
     while True:
         begin = int(trie.children[first])
         end = int(trie.children[last + 1])
-        parents = trie.parent[begin:end]
+        parents = trie.parent[begin:end] - first
         places = states[parents] + columns[begin:end]  # row 0 of the table is dead, and stays so
-        found = reader.flat[places]
-        alive = np.flatnonzero(found)
+        states = reader.flat[places]
+        alive = np.flatnonzero(states)
         if not len(alive):
             break
-        states[begin:end] = found
-        if reader.increments is not None:
-            counts[begin:end] = counts[parents] + reader.increments[places]
-        alive += begin
-        live.append(alive)
-        first = int(alive[0])
-        last = int(alive[-1])
-    nodes = np.concatenate(live).astype(np.int32) if live else np.zeros(0, dtype=np.int32)
-    return nodes, states[nodes], counts[nodes] if reader.increments is not None else counts
+        if counted:
+            assert reader.increments is not None
+            counts = counts[parents] + reader.increments[places]
+        low = int(alive[0])
+        high = int(alive[-1]) + 1
+        live.append((alive + begin, states[alive], counts[alive] if counted else _NONE))
+        states = states[low:high]
+        counts = counts[low:high]
+        first = begin + low
+        last = begin + high - 1
+    nodes, found, read = zip(*live, strict=True)
+    return np.concatenate(nodes, dtype=np.int32), np.concatenate(found), np.concatenate(read)

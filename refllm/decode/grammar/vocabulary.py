@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
 from functools import cache
 
 from refllm.array_types import Json
@@ -63,11 +62,9 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
     (None, b'ab')
     """
     inner = tokenizer.inner
-    description = json.loads(inner.to_str())
-    kinds = [part["type"] for part in _decoders(description)]
-    read = _reader(kinds, description)
+    read = _reader(_decoders(tokenizer))
     size = tokenizer.vocab_size if tokenizer.limit is None else tokenizer.limit
-    special = {token["id"] for token in description["added_tokens"] if token["special"]}
+    special = {i for i, token in inner.get_added_tokens_decoder().items() if token.special}
     found: list[bytes | None] = []
     for i in range(size):
         token = None if i in special else inner.id_to_token(i)
@@ -81,31 +78,24 @@ def end_tokens_of(tokenizer: Tokenizer) -> frozenset[int]:
     """
     if tokenizer.end_tokens is not None:
         return tokenizer.end_tokens
-    added = json.loads(tokenizer.inner.to_str())["added_tokens"]
-    return frozenset(t["id"] for t in added if t["special"] and t["content"] in _END_NAMES)
-
-
-def missing_bytes(tokens: Iterable[bytes | None]) -> frozenset[int]:
-    """The bytes that no token consists of: a text with them may have no tokenization."""
-    single = {token[0] for token in tokens if token is not None and len(token) == 1}
-    return frozenset(range(256)) - single
+    added = tokenizer.inner.get_added_tokens_decoder()
+    return frozenset(i for i, t in added.items() if t.special and t.content in _END_NAMES)
 
 
 def drops_first_space(tokenizer: Tokenizer) -> bool:
     """Whether decoding drops a space at the beginning of a text (SentencePiece)."""
-    parts = _decoders(json.loads(tokenizer.inner.to_str()))
     return any(
         (part["type"] == "Strip" and part["content"] == " " and part["start"] > 0)
         or (part["type"] == "Metaspace" and part.get("prepend_scheme", "always") != "never")
-        for part in parts
+        for part in _decoders(tokenizer)
     )
 
 
-def _decoders(description: Json) -> list[Json]:
-    """The decoder's parts, in their order."""
-    decoder = description.get("decoder")
-    if decoder is None:
+def _decoders(tokenizer: Tokenizer) -> list[Json]:
+    """The parts of the tokenizer's decoder, in their order, as tokenizer.json has them."""
+    if tokenizer.inner.decoder is None:
         return []
+    decoder: Json = json.loads(tokenizer.inner.decoder.__getstate__())
     if decoder["type"] == "Sequence":
         parts: list[Json] = decoder["decoders"]
         return parts
@@ -135,8 +125,9 @@ class _Reader:
         return token.encode()
 
 
-def _reader(kinds: list[str], description: Json) -> _Reader:
-    """The reader of a decoder with parts of these kinds; InputError for others."""
+def _reader(parts: list[Json]) -> _Reader:
+    """The reader of a decoder with these parts; InputError for those that join tokens."""
+    kinds = [part["type"] for part in parts]
     known = {"ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
     unknown = [kind for kind in kinds if kind not in known]
     if unknown:
@@ -145,7 +136,7 @@ def _reader(kinds: list[str], description: Json) -> _Reader:
             "tokenizer does not define: use a byte-level or SentencePiece tokenizer"
         )
     space = None
-    for part in _decoders(description):
+    for part in parts:
         if part["type"] == "Metaspace":
             space = part["replacement"]
         elif part["type"] == "Replace":
