@@ -113,6 +113,10 @@ class WordGrammar:
         """Whether the text is a word."""
         return state is None or state in self.words
 
+    def matches(self, text: str) -> bool:
+        """Whether a whole text is legal."""
+        return text in self.words
+
     def forced(self, state: str | None) -> bytes:
         """The longest text that all words continue with, up to where one may end."""
         if state is None or state in self.words:

@@ -190,6 +190,8 @@ def generate(
         grammar=compiled,
         jump_forward=jump_forward,
     )
+    written: list[str] = []
+    pieces = _copied(pieces, written)
     if sys.stdout.isatty():
         _print_to_terminal(text, pieces, display)
     else:
@@ -203,11 +205,24 @@ def generate(
         if temperature > 0:
             facts.append(f"seed {seed}")
         note(", ".join(facts))
+    if (
+        compiled is not None
+        and watch.tokens == max_tokens
+        and not compiled.matches("".join(written))
+    ):
+        note(f"cut off by --max-tokens {max_tokens}: the text is not yet one of the grammar")
     if cache is not None and watch.tokens:
         # the last token was never read, so its keys and values were not computed
         note(cache_summary(cache, loaded.config, length, watch.tokens - 1))
     if display is not None:
         note(display.summary())
+
+
+def _copied(pieces: Iterator[str], written: list[str]) -> Iterator[str]:
+    """The pieces, each added to ``written`` as well."""
+    for piece in pieces:
+        written.append(piece)
+        yield piece
 
 
 def _print_to_terminal(prompt: str, pieces: Iterator[str], display: DraftDisplay | None) -> None:

@@ -265,7 +265,7 @@ def _check_some_left(mask: Mask, row: Row) -> None:
     if early:
         forbidden |= row.processors.end_tokens
     legal = count_legal(mask)
-    if legal > len(forbidden) or legal > count_legal(mask, forbidden):
+    if legal > count_legal(mask, forbidden):
         return
     reason = "the grammar allows none"
     if legal:
@@ -283,7 +283,7 @@ def _mask_illegal(z: Array, legal: dict[int, Mask]) -> Array:
     xp = namespace(z)
     masks = asarray_like(stacked(list(legal.values())), z)  # bool[masked, V]
     never = xp.asarray(-xp.inf, dtype=z.dtype)
-    if len(legal) == z.shape[0]:
+    if len(legal) == z.shape[0]:  # mutate: equivalent (no copy of the rows)
         return xp.where(masks, z, never)
     index = asarray_like(list(legal), z, "int64")
     z[index] = xp.where(masks, z[index], never)
