@@ -160,7 +160,7 @@ class Interval:
 
     def __init__(self, low: Decimal | int, high: Decimal | int | None) -> None:
         self.low = Bound.of(low)
-        self.high = UNLIMITED
+        self.high: Bound = UNLIMITED
         if high is not None:
             self.high = Bound.of(high)
 

@@ -30,8 +30,8 @@ class Divisor:
         """Whether digits with this remainder, ``place`` of them after the point, are accepted."""
         if remainder == NEVER:
             return not self.positive
-        multiple = remainder * 10 ** (self.places - place) % self.n == 0
-        return multiple == self.positive
+        missing: int = 10 ** (self.places - place)
+        return (remainder * missing % self.n == 0) == self.positive
 
     def read(self, remainder: int, place: int, digit: int) -> tuple[int, int] | None:
         """The remainder and place after one more digit behind the point; None: never accepted."""
