@@ -136,6 +136,7 @@ def generate(
       refllm generate --prompt-file long.py --kv-keep 256 --kv-policy h2o
       refllm generate --chat 'What is the capital of France?' --model smollm2
       refllm generate --chat 'Is the sky blue?' --model smollm2 --choices yes,no
+      refllm generate 'x = ' --grammar python_expression -t 0.8
       refllm generate 'Born in ' --regex '(19|20)[0-9]{2}'
       refllm generate --chat 'Describe a cat.' --model smollm2 --json-schema cat.json
 

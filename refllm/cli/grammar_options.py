@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from refllm.cli.options import flag, opt
-from refllm.errors import InputError
+from refllm.errors import InputError, alternatives
 
 if TYPE_CHECKING:
     from refllm.checkpoints.tokenizer import Tokenizer
@@ -32,7 +32,12 @@ ChoicesOption = Annotated[
 ]
 GrammarOption = Annotated[
     Path | None,
-    opt("The output is a text of this grammar (GBNF or Lark).", "--grammar", metavar="FILE"),
+    opt(
+        "The output is a text of this grammar: a file in GBNF or Lark, or one that comes with the "
+        "package, such as json.",
+        "--grammar",
+        metavar="FILE|NAME",
+    ),
 ]
 JumpForwardOption = Annotated[
     bool,
@@ -67,7 +72,7 @@ def grammar_from_options(
     if choices:
         return compile(choices=split_choices(choices), tokenizer=tokenizer)
     assert grammar is not None
-    return compile(ebnf=_read_text(grammar, "--grammar"), tokenizer=tokenizer)
+    return compile(ebnf=_read_ebnf(grammar), tokenizer=tokenizer)
 
 
 def check_one_grammar(
@@ -106,6 +111,20 @@ def split_choices(texts: list[str]) -> list[str]:
     if "" in choices:
         raise InputError("--choices: a choice is empty; write them as yes,no,maybe")
     return choices
+
+
+def _read_ebnf(file: Path) -> str:
+    """A grammar's text, from a file or by the name of one that comes with the package."""
+    from refllm.decode.grammar.shipped import names, shipped
+
+    if not file.exists() and str(file) in names():
+        return shipped(str(file))
+    try:
+        return _read_text(file, "--grammar")
+    except InputError as error:
+        if file.exists():
+            raise
+        raise InputError(f"{error}; by name: {alternatives(file, names())}") from error
 
 
 def _read_json(file: Path) -> object:

@@ -307,6 +307,16 @@ def count_legal(mask: Mask, tokens: Iterable[int] | None = None) -> int:
     return sum(bool(mask[token]) for token in tokens)
 
 
+def legal_tokens(mask: Mask) -> list[int]:
+    """The tokens that a mask allows.
+
+    >>> legal_tokens(np.array([True, False, True]))
+    [0, 2]
+    """
+    found: list[int] = np.flatnonzero(mask).tolist()
+    return found
+
+
 def stacked(masks: Sequence[Mask]) -> npt.NDArray[np.bool_]:
     """bool[len(masks), V], on the host."""
     return np.stack(masks)

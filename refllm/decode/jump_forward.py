@@ -9,14 +9,16 @@ and computed in the next forward pass beside each other: every appended token sa
 
 The token that was sampled last is not computed yet, so it is encoded again together with the
 forced text: with ``{"`` sampled before ``name": `` the tokens are those that the tokenizer writes
-for ``{"name": ``. Tokens before it stay.
+for ``{"name": ``. Tokens before it stay. At the other end the last token of the forced text is left
+to be sampled where a longer one is legal: after ``"colours":`` follows ``[`` in every text, and a
+model that wants to write strings takes ``["``. If ``[`` were appended, the token that comes next
+would be drawn as after an unusual encoding, and the list would often be empty.
 
 **This changes the distribution of the output.** Forced bytes may have several encodings, of which
 sampling would choose one by its probability; here it is always the tokenizer's, and what follows
-is sampled after that one. (And a token that would reach beyond the forced text into what is free
-is never chosen.) The forced bytes themselves are the same: every output is one of the grammar.
-So jumping is off by default; ``tests/decode/test_jump_forward.py`` enumerates the difference. With
-a drafter, accepted drafts of forced text stay as they are.
+is sampled after that one. The forced bytes themselves are the same: every output is one of the
+grammar. So jumping is off by default; ``tests/decode/test_jump_forward.py`` enumerates the
+difference. With a drafter, accepted drafts of forced text stay as they are.
 
 | symbol | name                                                          |
 |--------|---------------------------------------------------------------|
@@ -35,7 +37,7 @@ from typing import NamedTuple
 import numpy as np
 
 from refllm.checkpoints.tokenizer import Tokenizer
-from refllm.decode.constraint import ILLEGAL, ConstraintStates
+from refllm.decode.constraint import ILLEGAL, ConstraintStates, legal_tokens
 from refllm.decode.sampling_params import SamplingParams
 from refllm.decode.speculative.interface import NO_DRAFTS, Proposal
 
@@ -64,8 +66,20 @@ class JumpForward(NamedTuple):
             whole = [*before, *tokens]
             exact = self.tokenizer.decode(whole) == text + forced
             if exact and self.states.state(whole) is not ILLEGAL:
+                if len(tokens) > 1 and self._reaches_beyond(whole[:-1], tokens[-1]):
+                    tokens = tokens[:-1]
                 return tokens[:most]
         return last
+
+    def _reaches_beyond(self, before: list[int], token: int) -> bool:
+        """Whether a token that is longer than ``token`` may follow ``before``, where the text of
+        ``token`` is forced: the others that may are its beginnings, so few are looked at.
+        """
+        mask = self.states.mask(before)
+        assert mask is not None, "the tokens before are legal"
+        length = len(self.tokenizer.decode([token]))
+        legal = legal_tokens(mask)
+        return any(len(self.tokenizer.decode([other])) > length for other in legal)
 
     def _encodings(
         self, before: list[int], last: list[int], text: str, forced: str

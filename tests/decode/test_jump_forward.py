@@ -264,6 +264,32 @@ def test_the_last_token_is_encoded_again_with_what_follows():
     assert found == tokenizer.encode("port self")
 
 
+def test_the_last_token_is_left_to_the_model_where_a_longer_one_is_legal():
+    """After "x" the text "b" is forced, then "b" or "c": of "b" a longer token begins, "bc"."""
+    spellings = ["x", "a", "b", "c", "bc", "abc"]
+
+    class Longest:
+        def encode(self, text: str) -> list[int]:
+            found: list[int] = []
+            while text:
+                best = max((s for s in spellings if text.startswith(s)), key=len)
+                found.append(spellings.index(best))
+                text = text[len(best) :]
+            return found
+
+        def decode(self, ids: Any) -> str:
+            return "".join(spellings[i] for i in ids)
+
+    def jump(words: list[str], output: list[int]) -> list[int]:
+        return jump_over(words, spellings, Longest(), output)
+
+    assert jump(["xabb", "xabc"], [0]) == [0, 1]  # not b: bc is legal, too
+    assert jump(["xabb", "xaba"], [0]) == [0, 1, 2]  # no token goes beyond b
+    assert jump(["xaab", "xaabcc"], [0]) == [0, 1, 1]
+    assert jump(["xb", "xbc"], [0]) == [0]  # nothing is left to append
+    assert jump(["xa"], [0]) == [0, 1]
+
+
 def test_nothing_is_jumped_where_there_is_a_choice_or_the_output_may_end():
     tokenizer = Letters()
     assert jump_over(["aba", "abb"], SPELLINGS, tokenizer, [2]) == [2]

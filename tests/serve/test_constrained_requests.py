@@ -249,6 +249,29 @@ def test_sampled_drafts_keep_the_constrained_distribution(monkeypatch, budget, n
 GREEDY_BUT_WARM = replace(GREEDY, temperature=1.0)
 
 
+@pytest.mark.parametrize("minimum", [0, 2, 3])
+@pytest.mark.parametrize("stop", ["es", "s", "sx", "yes", "e"])
+def test_stop_strings_at_the_end_of_a_complete_output(stop, minimum):
+    """What was held back for a stop string is part of the text; one that is complete with the last
+    token counts if the output has more than ``min_tokens``.
+    """
+    model = served_model(300)
+    words = WordGrammar.of(["yes"], model)
+    y, e, s = (model.tokenizer.encode(letter)[0] for letter in "yes")
+    spelled = TableGrammar([{y: 1}, {e: 2}, {s: 3}, {}], [3], 300, words.end_tokens)
+    options: dict[str, Any] = {"grammar": spelled, "stop": stop, "min_tokens": minimum}
+    found = model.generate([1], 9, details=True, **options)
+    engine = Engine(model, num_blocks=20, block_size=4)
+    engine.submit(Request([1], 9, 0, **options))
+    assert facts(engine.run()[0].outputs[0]) == facts(found)
+    assert "".join(model.stream([1], 9, **options)) == found.text
+    last = {"es": 3, "s": 3, "yes": 3, "e": 2}.get(stop)  # token that completes the stop string
+    stops = last is not None and last > minimum
+    assert found.finish_reason == "stop"
+    assert found.stop_reason == (stop if stops else None)
+    assert found.text == ("yes"[: "yes".index(stop)] if stops else "yes")
+
+
 # --- jump-forward ---------------------------------------------------------------------------
 
 TEXTS = ['{"return": true}', '{"return": false, "self": 1}', "import self"]
