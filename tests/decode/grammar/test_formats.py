@@ -109,6 +109,18 @@ def test_leap_days_of_all_years_are_those_of_the_calendar():
         assert date.matches(f"{year:04}-02-28") == (year > 0)
 
 
+def test_hostnames_have_up_to_253_characters():
+    rule = format_rule("hostname")
+    longest = ".".join(["a" * 61] * 3 + ["a" * 61, "a" * 5])
+    assert len(longest) == 253
+    assert within(rule.accepted, longest)
+    assert not within(rule.rejected(), longest)
+    # The checker counts a final dot to no length; the automaton leaves such a name open.
+    assert not within(rule.rejected(), longest + ".")
+    assert within(rule.rejected(), "b" + longest + ".")
+    assert within(rule.rejected(), "b" + longest) is False
+
+
 def test_automata_are_small():
     assert all(format_rule(name).accepted[0][0].states <= 450 for name in FORMATS)
 

@@ -169,6 +169,11 @@ def test_multiples_are_exact_remainders(divisor, candidates, factor):
 LARGE = {1, 2, 0.5, 0.1, 0.01, 0.25, 1e-5, 1e-8, 2.5e-6}  # they divide every even integer
 
 
+def test_zeros_behind_a_mantissa_make_no_multiple_another_number():
+    for text in ("2.0000000000e-05", "2.0e-05", "2.000000000000000000"):
+        assert not accepts(multiple_of(1e-5, positive=False), text)
+
+
 @given(
     st.sampled_from([0.123456789, 1234577, 7]),
     st.integers(-900, 900),
