@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from refllm.errors import InputError
 
 
@@ -18,3 +21,13 @@ class GrammarError(InputError):
         super().__init__(message)
         self.keyword = keyword
         self.pointer = pointer
+
+
+@contextmanager
+def about(keyword: str) -> Iterator[None]:
+    """A ``GrammarError`` raised inside is about this keyword, if it names none."""
+    try:
+        yield
+    except GrammarError as error:
+        error.keyword = error.keyword or keyword
+        raise

@@ -198,13 +198,16 @@ def absorb(conjunctions: Iterable[Conjunction], most: int = 300) -> list[Conjunc
     One that evaluates more than the other stays. Lists of more than ``most`` conjunctions are
     freed from duplicates alone.
     """
-    distinct = sorted(dict.fromkeys(conjunctions), key=len)
+    distinct = list(dict.fromkeys(conjunctions))
     if len(distinct) > most or len(distinct) < 2:
         return distinct
-    kept: list[tuple[Conjunction, Conjunction]] = []
+    split = []
     for each in distinct:
         evaluated = frozenset(atom for atom in each if isinstance(atom, Evaluation))
-        asked = each - evaluated
+        split.append((each - evaluated, evaluated))
+    split.sort(key=lambda pair: (len(pair[0]), -len(pair[1])))
+    kept: list[tuple[Conjunction, Conjunction]] = []
+    for asked, evaluated in split:
         if not any(other <= asked and evaluated <= more for other, more in kept):
             kept.append((asked, evaluated))
     return [asked | evaluated for asked, evaluated in kept]

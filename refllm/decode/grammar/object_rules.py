@@ -17,7 +17,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
+from refllm.decode.grammar import regex
 from refllm.decode.grammar.array_rules import NEVER, SignedLocation, opposite
+from refllm.decode.grammar.errors import about
 from refllm.decode.grammar.formulas import (
     Count,
     Evaluation,
@@ -95,6 +97,8 @@ def object_formula(keywords: Mapping[str, object], position: int) -> list[Formul
     for i, (key, schema) in enumerate(properties.items()):
         found.append(Members(named(key), (schema, True), position + i))
     for pattern, schema in patterns.items():
+        with about("patternProperties"):
+            regex.from_pattern(pattern, search=True)
         found.append(Members(KeySet(bases=frozenset({pattern})), (schema, True)))
     known = KeySet(frozenset(properties), frozenset(patterns))
     if "additionalProperties" in keywords:

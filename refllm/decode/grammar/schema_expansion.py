@@ -84,6 +84,7 @@ class SchemaExpansion:
         self._formulas: dict[tuple[Location, str], Formula] = {}
         self._conjunctions: dict[tuple[Location, bool, str, bool], list[Conjunction]] = {}
         self._expanding: dict[tuple[Location, bool, str, bool], int] = {}  # → len(_looking)
+        self._failed: dict[tuple[Location, bool, str, bool], GrammarError] = {}
         self._fitting: dict[tuple[Node, str], list[Conjunction]] = {}
         self._empty: dict[Node, bool] = {}
         self._facts: dict[Conjunction, object_conjunctions.ObjectFacts] = {}
@@ -147,6 +148,8 @@ class SchemaExpansion:
         key = location, positive, kind, tracking
         if key in self._conjunctions:
             return self._conjunctions[key]
+        if key in self._failed:
+            raise self._failed[key]
         begun = self._expanding.get(key)
         if begun is not None and begun < len(self._looking):
             raise _Unfinished
@@ -156,7 +159,8 @@ class SchemaExpansion:
         try:
             found = self._expand_schema(location, positive, kind, tracking=tracking)
         except TooManyConjunctions:
-            raise self._too_many(location) from None
+            self._failed[key] = self._too_many(location)
+            raise self._failed[key] from None
         finally:
             del self._expanding[key]
         self._conjunctions[key] = found
@@ -315,8 +319,8 @@ class SchemaExpansion:
         self._looking.append(node)
         try:
             self._empty[node] = not any(self.fitting(node, kind) for kind in KINDS)
-        except _Unfinished:
-            return False
+        except (_Unfinished, GrammarError):
+            return False  # an error is raised where the node is really needed
         finally:
             self._looking.pop()
         return self._empty[node]

@@ -19,6 +19,7 @@ from refllm.decode.grammar import dfa_operations, formats, regex
 from refllm.decode.grammar.alphabet import CHARACTERS
 from refllm.decode.grammar.dfa import ACCEPT, DFA
 from refllm.decode.grammar.dfa_builders import anything, from_words
+from refllm.decode.grammar.errors import about
 from refllm.decode.grammar.formulas import (
     Atom,
     Conjunction,
@@ -121,7 +122,8 @@ def string_formula(keywords: Mapping[str, object]) -> list[Formula]:
         found.append(Count(minimum, maximum))
     pattern = keywords.get("pattern")
     if isinstance(pattern, str):
-        _, low, high = regex.from_pattern_with_length(pattern)
+        with about("pattern"):
+            _, low, high = regex.from_pattern_with_length(pattern)
         found.append(every((Pattern(pattern), Count(low, high))))
     name = keywords.get("format")
     if isinstance(name, str) and formats.format_rule(name) is not None:
