@@ -22,6 +22,7 @@ from typing import TypeAlias
 
 from refllm.decode.grammar.array_frames import ArrayFrame, ArrayText, open_array
 from refllm.decode.grammar.automaton import Entry, Stack, State, Terminal, enter
+from refllm.decode.grammar.dfa import DFA
 from refllm.decode.grammar.distinct import DistinctValues
 from refllm.decode.grammar.json_text import Whitespace
 from refllm.decode.grammar.json_values import Frozen
@@ -30,6 +31,8 @@ from refllm.decode.grammar.object_keys import Order
 from refllm.decode.grammar.scalars import Scalars
 from refllm.decode.grammar.shapes import ArrayShape, Node, NodeExpander, ObjectShape
 
+# opening or not, keys excluded, quoted named keys, classes of keys
+KeyDFA: TypeAlias = tuple[bool, frozenset[str], tuple[bytes, ...], tuple[DFA, ...]]
 Opening: TypeAlias = tuple[Terminal, ArrayFrame | ObjectFrame | None]
 
 
@@ -54,6 +57,7 @@ class JsonFrames:
         self.order: Order = order
         self.whitespace: Whitespace = whitespace
         self.distinct = DistinctValues(self)
+        self.key_dfas: dict[KeyDFA, DFA] = {}
         self._scalars = Scalars()
         self._objects: dict[ObjectShape, ObjectText] = {}
         self._arrays: dict[ArrayShape, ArrayText] = {}

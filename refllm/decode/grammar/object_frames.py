@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from refllm.decode.grammar.automaton import Entry, Stack, Terminal
 from refllm.decode.grammar.dfa import DFA
-from refllm.decode.grammar.dfa_operations import labelled_union
+from refllm.decode.grammar.dfa_operations import labelled_union, relabel
 from refllm.decode.grammar.json_text import CLOSE, colon_dfa, key_bytes, key_dfa
 from refllm.decode.grammar.json_values import Frozen, FrozenObject, Pair, read_value
 from refllm.decode.grammar.object_table import ObjectState, ObjectTable, Value
@@ -54,9 +54,7 @@ class ObjectText:
     def __init__(self, shape: ObjectShape, frames: JsonFrames) -> None:
         self.frames = frames
         self.table = ObjectTable(shape, frames.shapes, frames.order)
-        self._dfas: dict[tuple[bool, frozenset[str]], DFA] = {}
         self._terminals: dict[tuple[bool, frozenset[str], int], Terminal] = {}
-        self._others: DFA | None = None
         self.colon = Terminal(colon_dfa(frames.whitespace))
 
     def terminal(self, opening: bool, allowed: int, excluded: frozenset[str]) -> Terminal:
@@ -82,24 +80,28 @@ class ObjectText:
         return keys.bounded(keys.run(map(ord, key)))
 
     def _dfa(self, opening: bool, excluded: frozenset[str]) -> DFA:
-        if (opening, excluded) not in self._dfas:
+        """The key DFA, which all shapes with the same keys and classes share."""
+        keys = tuple(key.quoted for key in self.table.keys)
+        classes = tuple(found.keys for found in self.table.classes)
+        cached = (opening, excluded, keys, classes)
+        dfa = self.frames.key_dfas.get(cached)
+        if dfa is None:
             no_class = excluded | self.table.names
             words = {quoted: 0 for key in no_class if (quoted := key_bytes(key)) is not None}
-            for index, key in enumerate(self.table.keys):
-                words[key.quoted] = self.table.key_label(index)
+            for index, quoted in enumerate(keys):
+                words[quoted] = self.table.key_label(index)
             dfa = key_dfa(opening, words, self._other_keys(), self.frames.whitespace)
-            self._dfas[opening, excluded] = dfa
-        return self._dfas[opening, excluded]
+            self.frames.key_dfas[cached] = dfa
+        return dfa
 
     def _other_keys(self) -> DFA | None:
         """The quoted keys of all classes, with the label of each class."""
-        if self._others is None and self.table.classes:
-            parts = [
-                (keys.keys, self.table.class_label(index))
-                for index, keys in enumerate(self.table.classes)
-            ]
-            self._others = json_string(labelled_union(parts))
-        return self._others
+        classes = self.table.classes
+        if len(classes) == 1:
+            # the JSON text of a language is kept with it, and mostly it is that of all strings
+            return relabel(json_string(classes[0].keys), self.table.class_labels)
+        parts = [(found.keys, self.table.class_label(at)) for at, found in enumerate(classes)]
+        return json_string(labelled_union(parts)) if parts else None
 
 
 @dataclass(frozen=True)

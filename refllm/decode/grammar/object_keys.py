@@ -3,8 +3,9 @@
 ``ObjectShape`` names some keys and puts all others into classes, which are regular languages.
 Two things are done to the classes before ``object_table.py`` counts pairs: each is split by the
 languages of the witnesses, so that all keys of a class serve the same witnesses, and a class of
-few keys becomes named keys, so that each of them is offered once. Keys whose values cannot exist
-are left out, and so are keys without a UTF-8 form.
+few keys becomes named keys, so that each of them is offered once. Keys without a UTF-8 form are
+left out. Keys whose values cannot exist are kept, so that shapes of the same keys have the same
+labels.
 
 | symbol | name | type |
 |---|---|---|
@@ -39,6 +40,7 @@ class NamedKey:
     node: Node
     serves: int  # bit set of the witnesses whose language has the key
     rank: int | None  # its place in the order of definition; None: after all that have one
+    possible: bool  # whether any value fits
 
 
 @dataclass(frozen=True)
@@ -77,14 +79,15 @@ def keys_of(
     known = []
     for text, node in named.items():
         quoted = key_bytes(text)
-        if quoted is None or not shapes.inhabited(node):
+        if quoted is None:
             continue
         serves = sum(
             1 << index
             for index, witness in enumerate(shape.witnesses)
             if witness.keys is None or witness.keys.matches(map(ord, text))
         )
-        known.append(NamedKey(text, quoted, node, serves, ranks.get(text)))
+        possible = shapes.inhabited(node)
+        known.append(NamedKey(text, quoted, node, serves, ranks.get(text), possible))
     known.sort(key=lambda key: len(ranks) if key.rank is None else key.rank)
     return tuple(known), tuple(classes)
 

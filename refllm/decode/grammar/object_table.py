@@ -71,12 +71,12 @@ class ObjectTable:
         self._maximum = shape.maximum
         self._witnesses = shape.witnesses
         self.keys, self.classes = keys_of(shape, shapes, order)
-        self._index = {key.text: index for index, key in enumerate(self.keys)}
+        self._index = {key.text: index for index, key in enumerate(self.keys) if key.possible}
         self.names = frozenset(shape.named)  # they belong to no class, whether they occur or not
         self._required = sum(
             1 << index for index, key in enumerate(self.keys) if key.text in shape.required
         )
-        self._possible = shape.required <= {key.text for key in self.keys}
+        self._possible = shape.required <= self._index.keys()
         if shape.maximum is not None and shape.minimum > shape.maximum:
             self._possible = False
         self._ranked = len(shape.order) if order == "schema" else 0
@@ -86,7 +86,7 @@ class ObjectTable:
             sum(
                 1 << index
                 for index, key in enumerate(self.keys)
-                if key.rank is None or key.rank >= position
+                if key.possible and (key.rank is None or key.rank >= position)
             )
             for position in range(self._ranked + 1)
         ]

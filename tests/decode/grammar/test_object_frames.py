@@ -30,6 +30,7 @@ from refllm.decode.grammar.shapes import (
 
 OBJECT = named("object")
 NODES = [few(None), few(True), few(None, True), few()]
+ANY_KEY = anything(CHARACTERS)
 KEYS = ["a", "b", "cc", "c"]
 
 
@@ -112,6 +113,23 @@ def test_a_named_key_that_cannot_occur_is_of_no_class() -> None:
     frames = JsonFrames(algebra(shape), whitespace="compact")
     assert read(frames, OBJECT, '{"a') is not None
     assert read(frames, OBJECT, '{"a"') is None
+
+
+def test_shapes_of_the_same_keys_share_their_automaton() -> None:
+    two = ValueShapes(
+        objects=(
+            ObjectShape({"a": few(None), "b": few()}, (KeyClass(ANY_KEY, few(True)),)),
+            ObjectShape({"a": few(True), "b": few(True)}, (KeyClass(ANY_KEY, few(None)),)),
+        )
+    )
+    frames = JsonFrames(HandMade(object=two), whitespace="compact")
+    state = read(frames, OBJECT, '{"')
+    assert state is not None
+    assert len(state.threads) == 2
+    assert len({thread.terminal.dfa for thread in state.threads}) == 1
+    assert accepted(frames, OBJECT, '{"b":true,"c":null,"a":true}')
+    assert not accepted(frames, OBJECT, '{"b":true,"c":true}')
+    assert accepted(frames, OBJECT, '{"c":true,"a":null}')
 
 
 def test_a_key_is_compared_as_a_value_and_not_as_text() -> None:
