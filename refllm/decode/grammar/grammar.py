@@ -42,6 +42,7 @@ from refllm.decode.grammar.json_text import Whitespace
 from refllm.decode.grammar.masks import TokenMasks
 from refllm.decode.grammar.object_table import Order
 from refllm.decode.grammar.regex import from_pattern
+from refllm.decode.grammar.schema import compile_schema
 from refllm.decode.grammar.token_trie import TokenTrie, trie_of
 from refllm.decode.grammar.utf8 import to_bytes
 from refllm.decode.grammar.vocabulary import drops_first_space, end_tokens_of
@@ -237,8 +238,10 @@ def compile(
         )
     source = (given[0], described[given[0]], order, whitespace)
     trie = trie_of(tokenizer)
-    ends = end_tokens_of(tokenizer) if end_tokens is None else frozenset(map(index, end_tokens))
-    ends = frozenset(token for token in ends if token < trie.vocabulary)
+    if end_tokens is None:
+        ends = frozenset(token for token in end_tokens_of(tokenizer) if token < trie.vocabulary)
+    else:
+        ends = frozenset(map(index, end_tokens))
     return _again(source, trie, ends, _vocabulary_notes(tokenizer, trie, ends))
 
 
@@ -257,8 +260,6 @@ def _automaton(
 ) -> tuple[Automaton, tuple[str, ...]]:
     """The automaton of a description, and notes about it."""
     if kind == "json_schema":
-        from refllm.decode.grammar.schema import compile_schema
-
         return compile_schema(description, order=order, whitespace=whitespace)
     if kind == "choices":
         return RegularAutomaton(_words(description)), ()
