@@ -23,12 +23,11 @@ from fractions import Fraction
 from typing import cast
 
 from refllm.array_types import Loose
-from refllm.decode.grammar import formats
+from refllm.decode.grammar import formats, regex
 from refllm.decode.grammar.json_values import freeze
 from refllm.decode.grammar.schema_documents import FALSE, SchemaDocument
 from refllm.decode.grammar.schema_keywords import Keywords
 from refllm.decode.grammar.shapes import Location
-from refllm.decode.grammar.string_rules import pattern_language
 
 Locations = Mapping[str, Location]
 
@@ -121,14 +120,19 @@ def _string_fits(keywords: Keywords, value: str) -> bool:
     """``minLength``, ``maxLength``, ``pattern``, ``format``."""
     if not _counts(keywords, "Length", len(value)):
         return False
-    pattern = cast("str | None", keywords.get("pattern"))
-    if pattern is not None and not pattern_language(pattern).matches(value):
+    if "pattern" in keywords and not _found(cast(str, keywords["pattern"]), value):
         return False
     rule = formats.format_rule(cast(str, keywords.get("format", "")))
     return rule is None or any(
         dfa.matches(value) and low <= len(value) and (high is None or len(value) <= high)
         for dfa, low, high in rule.accepted
     )
+
+
+def _found(pattern: str, text: str) -> bool:
+    """Whether a regular expression is found in a text."""
+    dfa, low, high = regex.from_pattern_with_length(pattern)
+    return dfa.matches(text) and low <= len(text) and (high is None or len(text) <= high)
 
 
 def _number_fits(keywords: Keywords, value: int | float) -> bool:
@@ -235,7 +239,7 @@ def _members_fit(
     known: set[str] = set()
     for key, each in value.items():
         schemas = [where for name, where in properties.items() if name == key]
-        schemas += [where for p, where in patterns.items() if pattern_language(p).matches(key)]
+        schemas += [where for pattern, where in patterns.items() if _found(pattern, key)]
         if schemas:
             known.add(key)
         if not all(inside(where, each) for where in schemas):

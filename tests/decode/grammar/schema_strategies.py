@@ -114,3 +114,49 @@ def _guarded(schema):
         return schema if "$ref" not in str(schema) else {"items": schema}
     rest = {key: value for key, value in schema.items() if key != "$ref"}
     return {"items": {"$ref": schema["$ref"]}, "properties": {"a": rest}}
+
+
+OLD = {
+    "draft-04": "http://json-schema.org/draft-04/schema#",
+    "draft-06": "http://json-schema.org/draft-06/schema#",
+    "draft-07": "http://json-schema.org/draft-07/schema#",
+    "2019-09": "https://json-schema.org/draft/2019-09/schema",
+}
+
+
+def old_documents(dialect):
+    """A schema of an older dialect, with its old spellings and with keywords it does not have."""
+    leaves = st.sampled_from([{}, {"not": {}}])
+    if dialect != "draft-04":
+        leaves = st.booleans() | leaves
+    inside = st.one_of(leaves, *keyword_groups(leaves)[:5])
+    groups = [*keyword_groups(inside), *_old_groups(inside, dialect)]
+    schemas = st.lists(st.one_of(groups), min_size=1, max_size=4).map(_merged)
+    return st.builds(_of_dialect, schemas, inside, inside, st.just(dialect))
+
+
+def _old_groups(inside, dialect):
+    keys = st.lists(st.sampled_from(KEYS), min_size=1, max_size=2, unique=True)
+    groups = [
+        st.fixed_dictionaries({"items": _few(inside, 2)}, optional={"additionalItems": inside}),
+        st.fixed_dictionaries({"additionalItems": inside}),
+        st.fixed_dictionaries(
+            {"dependencies": st.dictionaries(st.sampled_from(KEYS), keys | inside, max_size=2)}
+        ),
+    ]
+    if dialect == "draft-04":
+        bounds = {"minimum": st.sampled_from(NUMBERS), "maximum": st.sampled_from(NUMBERS)}
+        exclusive = {"exclusiveMinimum": st.booleans(), "exclusiveMaximum": st.booleans()}
+        groups.append(st.fixed_dictionaries({}, optional={**bounds, **exclusive}))
+        groups.append(st.just({"type": "integer"}))
+    return groups
+
+
+def _of_dialect(root, x, y, dialect):
+    """A document of a dialect; what would be malformed in it is left out."""
+    root = {**root, "$schema": OLD[dialect], "$defs": {"x": x, "y": y}}
+    if dialect == "draft-04":
+        for keyword in ("exclusiveMinimum", "exclusiveMaximum"):
+            if not isinstance(root.get(keyword, False), bool):
+                del root[keyword]
+    return root

@@ -6,7 +6,7 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from schema_strategies import documents, values
+from schema_strategies import OLD, documents, old_documents, values
 
 from refllm.decode.grammar.automaton import accepting, step
 from refllm.decode.grammar.errors import GrammarError
@@ -53,6 +53,16 @@ def test_the_automaton_reads_exactly_the_values_that_fit(schema, instances):
     elif error.keyword is None:
         assert "unsatisfiable" in str(error)
         assert not any(wanted)
+
+
+@given(st.one_of([old_documents(dialect) for dialect in OLD]), st.lists(values(), min_size=9))
+def test_automata_of_old_dialects_read_exactly_the_values_that_fit(schema, instances):
+    automaton, error = compiled(schema)
+    if automaton is None:
+        assert error.keyword or not any(fits(schema, value) for value in instances)
+        return
+    for value in instances:
+        assert accepts(automaton, value) == fits(schema, value)
 
 
 @given(documents(), st.randoms(use_true_random=False))

@@ -9,7 +9,7 @@ from maskbench import data_folder, sample, suite
 from naive_schemas import VALUES
 from naive_schemas import fits as fits_naively
 from naive_schemas import schemas as small_schemas
-from schema_strategies import documents, values
+from schema_strategies import OLD, documents, old_documents, values
 
 from refllm.decode.grammar.errors import GrammarError
 from refllm.decode.grammar.schema_documents import SchemaDocument
@@ -33,6 +33,17 @@ def test_two_definitions_agree(schema):
 def test_the_definition_agrees_with_jsonschema(schema, instances):
     jsonschema = pytest.importorskip("jsonschema", reason="pip install 'jsonschema[format]'")
     validator = jsonschema.Draft202012Validator(schema)
+    assert [fits(schema, each) for each in instances] == [*map(validator.is_valid, instances)]
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("dialect", OLD)
+@given(st.data())
+def test_the_definition_agrees_with_jsonschema_on_old_dialects(dialect, data):
+    jsonschema = pytest.importorskip("jsonschema", reason="pip install 'jsonschema[format]'")
+    schema = data.draw(old_documents(dialect))
+    instances = data.draw(st.lists(values(), min_size=5, max_size=20))
+    validator = jsonschema.validators.validator_for(schema)(schema)
     assert [fits(schema, each) for each in instances] == [*map(validator.is_valid, instances)]
 
 
