@@ -85,22 +85,21 @@ class JumpForward(NamedTuple):
         self, before: list[int], last: list[int], text: str, forced: str
     ) -> Sequence[list[int]]:
         """Encodings of the last token's text and the forced one, the most natural first: as part
-        of the whole output, if the tokens before it are the tokenizer's own; by itself; after the
-        last token.
+        of the whole output (if the tokens before it are the tokenizer's own, else it is rejected);
+        by itself; after the last token.
         """
         encode = self.tokenizer.encode
-        found = []
-        whole = encode(text + forced)
-        if whole[: len(before)] == before:
-            found.append(whole[len(before) :])
-        found.append(encode(self.tokenizer.decode(last) + forced))
-        found.append([*last, *encode(forced)])
+        found = [
+            encode(text + forced)[len(before) :],
+            encode(self.tokenizer.decode(last) + forced),
+            [*last, *encode(forced)],
+        ]
         return [tokens for tokens in found if tokens]
 
 
 def whole_characters(data: bytes) -> str:
-    """The text of UTF-8 bytes without a character that is cut off at the end; empty where they
-    begin in the middle of one.
+    """The text of UTF-8 bytes up to a character that is cut off at the end; empty where they begin
+    in the middle of one.
 
     >>> whole_characters("né".encode()), whole_characters("né".encode()[:-1])
     ('né', 'n')
@@ -108,8 +107,6 @@ def whole_characters(data: bytes) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        if error.start < len(data) - 3:
-            return ""
         return data[: error.start].decode("utf-8")
 
 

@@ -16,6 +16,7 @@ from enumeration import exact_distribution, largest_difference
 from grammars import WordGrammar
 from refllm.api import Model
 from refllm.decode.constraint import ConstraintStates
+from refllm.decode.fast import captured_step
 from refllm.decode.jump_forward import JumpForward, NoDrafter, whole_characters
 from refllm.decode.logits_processors import LogitsProcessors
 from refllm.decode.sampling import process_logits
@@ -80,6 +81,11 @@ def test_a_text_that_is_forced_as_a_whole_is_encoded_as_the_tokenizer_does():
         found = model.generate([7, seed], 40, jump_forward=True, details=True, **options)
         assert (found.tokens, found.text, found.finish_reason) == (canonical, word, "stop")
         assert found.jumped_tokens == len(canonical) - 1
+        for most in range(1, len(canonical)):
+            cut = model.generate([7, seed], most, jump_forward=True, details=True, **options)
+            if most > 1:
+                assert (cut.tokens, cut.jumped_tokens) == (canonical[:most], most - 1)
+            assert (len(cut.tokens), cut.finish_reason) == (most, "length")
         free = model.generate([7, seed], 40, details=True, **options)
         assert free.text == word
         assert free.jumped_tokens == 0
@@ -149,6 +155,33 @@ def test_the_keys_and_values_of_jumped_tokens_are_computed(tree):
         best = int(np.where(states.mask(found.tokens[:at]), z, -np.inf).argmax())
         first = model.tokenizer.decode([best])
         assert model.tokenizer.decode(found.tokens[at:])[: len(first)] == first
+
+
+@pytest.mark.parametrize("tree", [False, True])
+def test_every_token_is_computed_once(tree, monkeypatch):
+    """But for those of the last step, which are never computed, and drafts that are rejected."""
+    model = served_model(300)
+    computed: list[int] = []
+
+    def make_decode_step(*parts: Any) -> Any:
+        step = captured_step.make_decode_step(*parts)
+
+        def counting(tokens: Any, *rest: Any) -> Any:
+            computed.append(len(tokens))
+            return step(tokens, *rest)
+
+        return counting
+
+    monkeypatch.setattr(module, "make_decode_step", make_decode_step)
+    steps: list[Any] = []
+    drafter = TreeDrafter(model, 2, confidence=0.0) if tree else NoDrafter()
+    options = {"grammar": grammar_of(model), "jump_forward": True, "drafter": drafter}
+    list(model.stream([1, 2], 40, on_step=steps.append, **options))
+    emitted = sum(len(step.tokens) for step in steps)
+    rejected = sum(len(step.drafts) - step.accepted for step in steps)
+    last = len(steps[-1].tokens) - steps[-1].accepted
+    assert sum(computed) == emitted + rejected - last
+    assert sum(step.jumped for step in steps) > 0
 
 
 # --- what is changed ------------------------------------------------------------------------
@@ -257,6 +290,10 @@ def test_the_last_token_is_encoded_again_with_what_follows():
     assert jump.replace_last(letters, 20) == canonical
     assert jump.replace_last(letters, 2) == canonical[:2]
     assert jump.replace_last(letters, 1) == letters
+    one = tokenizer.encode("r")
+    whole = JumpForward(ConstraintStates(grammar_of(model, ["return"]), 300, [5]), tokenizer)
+    assert whole.replace_last(one, 20) == tokenizer.encode("return") != one
+    assert whole.replace_last(one, 1) == one
     # the tokens before the last one are not the tokenizer's: they stay
     spelled = [tokenizer.encode(letter)[0] for letter in "imp"]
     found = jump.replace_last(spelled, 20)
@@ -305,6 +342,18 @@ def test_a_tokenizer_that_cannot_write_the_text_is_not_used():
     assert jump_over(["ab"], SPELLINGS, broken, [0]) == [0]
     half = SimpleNamespace(encode=_longest, decode=lambda ids: "\ufffd")
     assert jump_over(["ab"], SPELLINGS, half, [0]) == [0]
+
+
+def test_an_encoding_that_the_constraint_rejects_is_not_used():
+    class WithoutPairs(WordGrammar):
+        def advance(self, state, token):
+            if token == 2:
+                raise InputError("no pairs")
+            return super().advance(state, token)
+
+    states = ConstraintStates(WithoutPairs(["ab"], SPELLINGS), 3)
+    jump = JumpForward(states, Letters())  # type: ignore[arg-type]
+    assert jump.replace_last([0], 9) == [0, 1]
 
 
 @given(text=st.text(max_size=6), cut=st.integers(0, 24))

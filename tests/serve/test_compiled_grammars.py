@@ -205,6 +205,23 @@ def test_a_grammar_that_cannot_be_compiled_is_one_sentence(options, message, tmp
     assert not result.stdout
 
 
+@pytest.mark.real
+def test_a_real_chat_model_answers_in_json():
+    """And jumping saves forward passes."""
+    model = load("smollm2")
+    grammar = compile(
+        json_schema=SCHEMA, tokenizer=model.tokenizer, order="schema", whitespace="compact"
+    )
+    messages = [{"role": "user", "content": "Describe Python's list.append as JSON."}]
+    ids = model.chat_tokenizer.encode(messages, add_generation_prompt=True)
+    found = model.generate(ids, 60, grammar=grammar, details=True)
+    assert found.finish_reason == "stop"
+    assert is_legal("schema", found.text)
+    jumped = model.generate(ids, 60, grammar=grammar, details=True, jump_forward=True)
+    assert is_legal("schema", jumped.text)
+    assert jumped.jumped_tokens > len(jumped.tokens) / 3
+
+
 def test_the_masks_of_a_model_with_more_tokens_than_the_tokenizer():
     """The rows of the embedding beyond the vocabulary are never legal."""
     assert isinstance(GRAMMARS["choices"], Grammar)
