@@ -3,13 +3,13 @@ naive way: one request after the other, nothing cached.
 
 Source: Zheng et al. 2024 (SGLang), §2 and §6; Yao et al. 2023 for the tree of thought.
 
-| program          | what it does                                       | what it shares            |
-|------------------|----------------------------------------------------|---------------------------|
-| tree of thought  | three ideas per level, the model votes for each,   | the text so far, between  |
-|                  | the best is continued                              | ideas and votes           |
-| JSON extraction  | facts of a sentence under a JSON Schema            | instruction and examples  |
-| multiple choice  | which topic is a sentence from, by ``select``      | examples; text of a       |
-|                  |                                                    | question between choices  |
+| program          | what it does                                       | what it shares           |
+|------------------|----------------------------------------------------|--------------------------|
+| tree of thought  | three ideas per level, the model votes for each,   | the text so far, between |
+|                  | the best is continued                              | ideas and votes          |
+| JSON extraction  | facts of a sentence under a JSON Schema            | instruction and examples |
+| multiple choice  | which topic is a sentence from, by ``select``      | examples; text of a      |
+|                  |                                                    | question between choices |
 
 Answers are the same both ways (greedy, or sampled with the same seeds). Counted are tokens
 through the network and forward passes; no times, which depend on the device.
