@@ -212,7 +212,10 @@ def _column_absmax(weights: Sequence[Array], dtype: DType) -> Array:
 class SmoothQuant(Method):
     """SmoothQuant as a method for whole models: ``smooth_layer``, then ``w8a8``.
 
-    ``alpha`` None does not smooth; ``keep`` names projections that stay in floating point.
+    ``alpha`` None does not smooth; ``keep`` names projections that stay in floating point,
+    ``per_token`` those whose inputs get one scale per token at any level: ``down_proj`` has
+    spikes of single tokens, which no scale from calibration fits. ``activation_bits`` are those
+    of the inputs.
     """
 
     alpha: float | None = 0.5
@@ -220,17 +223,20 @@ class SmoothQuant(Method):
     keep: tuple[str, ...] = ()
     rule: str = "restricted"  # of the activations
     scale_dtype: str | None = None
+    per_token: tuple[str, ...] = ()
+    activation_bits: int = 8
     name: ClassVar[str] = "smoothquant"
     default_scheme: ClassVar[Scheme] = Scheme(8, "restricted", "channel")
     calibrates: ClassVar[bool] = True
     sequential: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if unknown := sorted(set(self.keep) - set(PROJECTIONS)):
-            raise InputError(
-                f"keep: no projection is called {', '.join(unknown)}; they are "
-                f"{', '.join(PROJECTIONS)}"
-            )
+        for field, named in (("keep", self.keep), ("per_token", self.per_token)):
+            if unknown := sorted(set(named) - set(PROJECTIONS)):
+                raise InputError(
+                    f"{field}: no projection is called {', '.join(unknown)}; they are "
+                    f"{', '.join(PROJECTIONS)}"
+                )
         if self.level not in LEVELS:
             raise InputError(f"unknown level {self.level!r}; {alternatives(self.level, LEVELS)}")
         if self.alpha is not None and not 0 <= self.alpha <= 1:
@@ -258,7 +264,8 @@ class SmoothQuant(Method):
                 return QuantizedProjection(layer[name], note="kept in floating point")
             made = w8a8(
                 weight,
-                self.level,
+                "O1" if name in self.per_token else self.level,
+                bits=self.activation_bits,
                 absmax=after[name],
                 scheme=scheme,
                 rule=self.rule,
