@@ -28,13 +28,14 @@ arrays: masks lie on the host.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from refllm.decode.grammar.automaton import Resumption, State, Thread, leave, settle, step
 from refllm.decode.grammar.bounded_cache import BoundedCache
 from refllm.decode.grammar.token_trie import ROOT, TokenTrie
-from refllm.decode.grammar.trie_walk import CountedWalk, Reader, Roots, Walk, distinct, walk
+from refllm.decode.grammar.trie_walk import CountedWalk, Exit, Reader, Roots, Walk, distinct, walk
 
 MASK_BYTES = 64 << 20
 WALK_BYTES = 128 << 20
@@ -65,6 +66,18 @@ def naive_mask(
     return mask
 
 
+class Following(NamedTuple):
+    """What follows a terminal that was left: threads, and whether the text may end; true if
+    either.
+    """
+
+    threads: tuple[Thread, ...]
+    finished: bool
+
+    def __bool__(self) -> bool:
+        return bool(self.threads) or self.finished
+
+
 class TokenMasks:
     """The masks of one automaton over the tokens of ``trie``; equal to ``naive_mask``.
 
@@ -83,7 +96,7 @@ class TokenMasks:
         self.end_tokens = np.array(sorted(end_tokens), dtype=np.int64)
         self.masks: BoundedCache[np.ndarray] = BoundedCache(mask_bytes, _nbytes)
         self.walks: BoundedCache[Walk | CountedWalk | Reader] = BoundedCache(walk_bytes, _nbytes)
-        self.following: BoundedCache[tuple[Thread, ...]] = BoundedCache(
+        self.following: BoundedCache[Following] = BoundedCache(
             FOLLOWING_STATES, lambda _: 1, overhead=0
         )
         self._single: dict[int, Roots] = {}  # of one node each
@@ -103,8 +116,8 @@ class TokenMasks:
             for thread, roots in pending:
                 found = self._walk(thread, roots)
                 legal |= found.bits
-                for labels, nodes in found.exits:
-                    self._follow(thread, roots, labels, nodes, exits)
+                for one in found.exits:
+                    legal |= self._follow(thread, roots, one, exits)
             pending = [
                 (thread, roots)
                 for thread, parts in exits.items()
@@ -118,22 +131,31 @@ class TokenMasks:
         self,
         thread: Thread,
         roots: Roots,
-        labels: int,
-        nodes: np.ndarray,
+        left: Exit,
         exits: dict[Thread, list[np.ndarray]],
-    ) -> None:
-        """Add to ``exits`` what follows ``thread`` when it leaves its terminal at ``nodes``."""
+    ) -> np.ndarray:
+        """Add to ``exits`` what follows ``thread`` when it leaves its terminal at an exit; returns
+        the tokens that may end there, as packed bits.
+        """
         if not thread.texts:
-            for after in self._after(leave(thread, labels)):
-                exits.setdefault(after, []).append(nodes)
-            return
+            following = self._after(leave(thread, left.labels))
+            if len(left.inner):
+                for after in following.threads:
+                    exits.setdefault(after, []).append(left.inner)
+            return left.bits if following else np.zeros_like(left.bits)
         # The frames ask for the bytes read since the root, which differ from node to node.
         begin = roots.groups[0][0]
-        for node in nodes:
+        legal = []
+        for node in left.nodes:
             read = self.trie.text(int(node))[begin:]
             texts = tuple(text + read for text in thread.texts)
-            for after in self._after(leave(thread._replace(texts=texts), labels)):
-                exits.setdefault(after, []).append(node.reshape(1))
+            following = self._after(leave(thread._replace(texts=texts), left.labels))
+            if following:
+                legal.append(node)
+            if self.trie.has_children[node]:
+                for after in following.threads:
+                    exits.setdefault(after, []).append(node.reshape(1))
+        return self.trie.pack(np.array(legal, dtype=np.int32))
 
     def _roots_of(self, thread: Thread, parts: list[np.ndarray]) -> list[Roots]:
         """The roots of the walks that follow: all together, or each alone where the bytes since
@@ -147,14 +169,16 @@ class TokenMasks:
                 self._single[node] = Roots(self.trie, np.array([node], dtype=np.int32))
         return [self._single[node] for node in nodes.tolist()]
 
-    def _after(self, resumption: Resumption) -> tuple[Thread, ...]:
-        """The threads that follow where a terminal is left."""
+    def _after(self, resumption: Resumption) -> Following:
+        """What follows where a terminal is left."""
 
-        def threads() -> tuple[Thread, ...]:
+        def compute() -> Following:
             state = settle([resumption])
-            return () if state is None else tuple(state.threads)
+            if state is None:
+                return Following((), False)
+            return Following(tuple(state.threads), state.finished)
 
-        return self.following.get(resumption, threads)
+        return self.following.get(resumption, compute)
 
     def _walk(self, thread: Thread, roots: Roots) -> Walk:
         """The walk of one thread's terminal below ``roots``, within its length limits."""

@@ -4,10 +4,11 @@ From a set of root nodes, all in one state of the DFA, the state of every node b
 table's entry for its parent's state and its own byte. State 0 is dead and stays dead, so a level
 is two gathers over the range of nodes below the live ones; the walk ends where all are dead.
 
-A token may leave the terminal in its middle, where the DFA accepts and the trie goes on. These
-places are the walk's *exits*: nodes with children, grouped by the labels that are accepted
-there. What follows them depends on the stack, and is walked with these nodes as roots
-(``masks``). A walk itself depends on the DFA, the state, the labels allowed and the roots alone,
+A token may leave the terminal, at its end or in its middle, where the DFA accepts. These places
+are the walk's *exits*, grouped by the labels that are accepted there. What follows them depends
+on the stack, and is walked with these nodes as roots (``masks``). A token that ends in an exit
+is legal without the stack only if the DFA can go on there: the stack may allow nothing, as after
+the closing quote of a key that was read before. A walk itself depends on the DFA, the state, the labels allowed and the roots alone,
 and is therefore cached.
 
 A length limit is not part of the walk: each node carries the number of characters read since the
@@ -87,6 +88,7 @@ class Reader:
         self.label_sets = (0, *sorted(set(accepted) - {0}))
         place = {labels: i for i, labels in enumerate(self.label_sets)}
         self.label_of = np.array([place[labels] for labels in accepted], dtype=np.int32)
+        self.continues = alive[table].any(axis=1)  # bool[S]: whether another byte can follow
         self.increments: np.ndarray | None = None
         self.remaining: RemainingCounts | None = None
         if terminal.counted:
@@ -103,13 +105,22 @@ class Reader:
         return self.flat.nbytes + self.label_of.nbytes + counted
 
 
-Exit = tuple[int, np.ndarray]  # labels accepted, and the inner nodes int32 where they are
+@dataclass(frozen=True, eq=False)
+class Exit:
+    """Where the DFA accepts ``labels``: all ``nodes`` int32, ``inner`` those with children, and
+    ``bits`` the tokens that end there, packed uint8.
+    """
+
+    labels: int
+    nodes: np.ndarray
+    inner: np.ndarray
+    bits: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
 class Walk:
-    """What a walk means for tokens: ``bits`` are the tokens that end in a live node, packed
-    uint8; ``exits`` the inner nodes where the DFA accepts.
+    """What a walk means for tokens: ``bits`` are the tokens that end in a live node where the DFA
+    can go on, packed uint8.
     """
 
     bits: np.ndarray
@@ -118,7 +129,8 @@ class Walk:
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays."""
-        return self.bits.nbytes + sum(nodes.nbytes for _, nodes in self.exits)
+        arrays = [a for one in self.exits for a in (one.nodes, one.inner, one.bits)]
+        return self.bits.nbytes + sum(array.nbytes for array in arrays)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,13 +141,14 @@ class CountedWalk:
     states: np.ndarray  # int32[L], of the DFA
     counts: np.ndarray  # int32[L], characters since the root
     labels: np.ndarray  # int32[L], place in ``label_sets``
+    continues: np.ndarray  # bool[L], whether the DFA can go on
     label_sets: tuple[int, ...]
     remaining: RemainingCounts
 
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays."""
-        arrays = (self.nodes, self.states, self.counts, self.labels)
+        arrays = (self.nodes, self.states, self.counts, self.labels, self.continues)
         return sum(array.nbytes for array in arrays)
 
     @cached_property
@@ -165,7 +178,7 @@ class CountedWalk:
         alive = self.remaining.within(self.states, fewest, most)
         ends = (fewest <= 0) & (most >= 0)
         labels = (self.labels * ends)[alive]
-        return _walk_of(trie, self.nodes[alive], labels, self.label_sets)
+        return _walk_of(trie, self.nodes[alive], labels, self.continues[alive], self.label_sets)
 
 
 def walk(trie: TokenTrie, reader: Reader, state: int, roots: Roots) -> Walk | CountedWalk:
@@ -173,24 +186,35 @@ def walk(trie: TokenTrie, reader: Reader, state: int, roots: Roots) -> Walk | Co
     parts = [_descend(trie, reader, state, level, nodes) for level, nodes in roots.groups]
     nodes = np.concatenate([part[0] for part in parts])
     states = np.concatenate([part[1] for part in parts]) // reader.classes
-    labels = reader.label_of[states] * trie.has_children[nodes]
+    labels = reader.label_of[states]
+    continues = reader.continues[states]
     if reader.remaining is None:
-        return _walk_of(trie, nodes, labels, reader.label_sets)
+        return _walk_of(trie, nodes, labels, continues, reader.label_sets)
     counts = np.concatenate([part[2] for part in parts])
-    return CountedWalk(nodes, states, counts, labels, reader.label_sets, reader.remaining)
+    return CountedWalk(
+        nodes, states, counts, labels, continues, reader.label_sets, reader.remaining
+    )
 
 
 def _walk_of(
-    trie: TokenTrie, nodes: np.ndarray, labels: np.ndarray, label_sets: tuple[int, ...]
+    trie: TokenTrie,
+    nodes: np.ndarray,
+    labels: np.ndarray,
+    continues: np.ndarray,
+    label_sets: tuple[int, ...],
 ) -> Walk:
-    """The walk of live ``nodes`` int32[L]; ``labels`` int32[L] are places in ``label_sets``."""
+    """The walk of live ``nodes`` int32[L]; ``labels`` int32[L] are places in ``label_sets``,
+    ``continues`` bool[L] says where the DFA can go on.
+    """
     exits = []
     places = np.flatnonzero(labels)
     if len(places):
         for label in sorted(set(labels[places].tolist())):
             found = nodes[places[labels[places] == label]]
-            exits.append((label_sets[label], distinct(found)))
-    return Walk(trie.pack(nodes), tuple(exits))
+            found = distinct(found)
+            inner = found[trie.has_children[found]]
+            exits.append(Exit(label_sets[label], found, inner, trie.pack(found)))
+    return Walk(trie.pack(nodes[continues]), tuple(exits))
 
 
 def distinct(nodes: np.ndarray) -> np.ndarray:
