@@ -8,8 +8,8 @@ A token may leave the terminal, at its end or in its middle, where the DFA accep
 are the walk's *exits*, grouped by the labels that are accepted there. What follows them depends
 on the stack, and is walked with these nodes as roots (``masks``). A token that ends in an exit
 is legal without the stack only if the DFA can go on there: the stack may allow nothing, as after
-the closing quote of a key that was read before. A walk itself depends on the DFA, the state, the labels allowed and the roots alone,
-and is therefore cached.
+the closing quote of a key that was read before. A walk itself depends on the DFA, the state, the
+labels allowed and the roots alone, and is therefore cached.
 
 A length limit is not part of the walk: each node carries the number of characters read since the
 roots, and one walk serves every remaining length (``CountedWalk.within``).

@@ -105,9 +105,8 @@ Judge = Callable[[bytes], bool]
 
 def refllm_judge(schema: object, assert_formats: bool) -> Judge:
     """The automaton of the schema, read byte by byte."""
-    from refllm.decode.grammar.schema import compile_schema
-
     from refllm.decode.grammar.automaton import accepting, step
+    from refllm.decode.grammar.schema import compile_schema
 
     automaton, _ = compile_schema(schema, assert_formats=assert_formats)
     start = automaton.start()

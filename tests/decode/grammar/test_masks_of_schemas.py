@@ -21,8 +21,19 @@ SCHEMAS = {
         "items": {"type": "object", "properties": {"a": {"enum": [1, 2]}}},
     },
 }
-TEXTS = ['{"ab": 1, "ab', '{"ab": 1, "a', '{"ab": 1, "', '["ab", "ab', '["ab", "a', '[1, 1',
-         '[1, 1.', '[{"a": 1}, {"a": 1', '[{"a": 1}, {"a": ', '[true, tru', '{"ab": {"ab": 1, "ab']  # fmt: skip
+TEXTS = [
+    '{"ab": 1, "ab',
+    '{"ab": 1, "a',
+    '{"ab": 1, "',
+    '["ab", "ab',
+    '["ab", "a',
+    "[1, 1",
+    "[1, 1.",
+    '[{"a": 1}, {"a": 1',
+    '[{"a": 1}, {"a": ',
+    "[true, tru",
+    '{"ab": {"ab": 1, "ab',
+]
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
