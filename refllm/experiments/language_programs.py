@@ -27,7 +27,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from refllm.api import Model, load
 from refllm.array_types import Json
@@ -89,7 +89,7 @@ JSON: {"name": "Karl", "age": 52, "city": "Bonn"}
 
 
 @program
-def extract(s: State, text: str) -> Any:
+def extract(s: State, text: str) -> object:
     """The facts of a sentence as a value that the schema accepts."""
     s += EXAMPLES + f"Text: {text}\nJSON: "
     s += gen("facts", max_tokens=64, json_schema=PERSON)
@@ -143,23 +143,23 @@ def questions(count: int = 8) -> list[Json]:
 # --- both ways ------------------------------------------------------------------------------
 
 
-def tree(runtime: Runtime) -> list[Any]:
+def tree(runtime: Runtime) -> list[object]:
     """The texts of all trees."""
     return [s.text for s in tree_of_thought.run_batch(runtime, [{"task": task} for task in TASKS])]
 
 
-def extraction(runtime: Runtime) -> list[Any]:
+def extraction(runtime: Runtime) -> list[object]:
     """The facts of all sentences."""
     return [s.returned for s in extract.run_batch(runtime, [{"text": text} for text in PEOPLE])]
 
 
-def multiple_choice(runtime: Runtime) -> list[Any]:
+def multiple_choice(runtime: Runtime) -> list[object]:
     """The chosen topics."""
     cases = [{key: q[key] for key in ("sentence", "topics")} for q in questions()]
     return [s.returned for s in choose_topic.run_batch(runtime, cases)]
 
 
-PROGRAMS: dict[str, Callable[[Runtime], list[Any]]] = {
+PROGRAMS: dict[str, Callable[[Runtime], list[object]]] = {
     "tree of thought": tree,
     "JSON extraction": extraction,
     "multiple choice": multiple_choice,
@@ -169,7 +169,7 @@ PROGRAMS: dict[str, Callable[[Runtime], list[Any]]] = {
 def measure(model: Model, name: str) -> Json:
     """One program both ways; ValueError if its answers differ."""
     counts: dict[str, Savings] = {}
-    answers: dict[str, list[Any]] = {}
+    answers: dict[str, list[object]] = {}
     for way in ("shared", "naive"):
         options: Json = {} if way == "shared" else {"prefix_cache": None, "concurrent": False}
         with Runtime(model, **options) as runtime:

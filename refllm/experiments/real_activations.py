@@ -1,6 +1,6 @@
 """8- and 4-bit activations on the pretrained model: scales, SmoothQuant, LLM.int8(), rotations.
 
-The pretrained model has the outliers that these techniques exist for, and nothing is planted.
+The pretrained model has the outliers that these techniques exist for, and nothing is injected.
 
     python -m refllm.experiments.real_activations  # writes figures/data/real_activations.json
     refllm figures                                 # draws it
@@ -30,7 +30,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from threadpoolctl import threadpool_limits
 
@@ -45,6 +45,7 @@ from refllm.measure.device import one_thread, versions
 from refllm.measure.plotting import FULL, MORE, NEAREST, TECHNIQUE, new_figure, styled
 from refllm.measure.records import Record, Values, write
 from refllm.model.llama import PROJECTIONS, Weights
+from refllm.model.weights import Linear
 from refllm.quant.llm_int8 import Int8Linear
 from refllm.quant.recipe import quantize_model
 from refllm.quant.rotation import RotatedLinear, Rotations, rotate
@@ -137,7 +138,7 @@ class Experiment:
         if case.weights == "gptq":
             made, _ = quantize_model(base, "gptq", scheme, ids)
             return quantize_inputs(made, case.activation_bits)
-        options: dict[str, Any] = {"per_token": ("down_proj",)} if case.apart else {}
+        options: Json = {"per_token": ("down_proj",)} if case.apart else {}
         made, _ = quantize_model(
             base,
             "smoothquant",
@@ -191,7 +192,7 @@ def quantize_inputs(model: Model, bits: int) -> Model:
     return changed
 
 
-def _with_inputs(weight: Any, bits: int) -> W8A8Linear:
+def _with_inputs(weight: Linear, bits: int) -> W8A8Linear:
     assert isinstance(weight, QuantizedLinear)
     return W8A8Linear(weight, "token", "restricted", bits=bits)
 

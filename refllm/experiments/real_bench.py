@@ -16,7 +16,6 @@ Comparison, intervals and results that are computed once are those of ``held_out
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -48,7 +47,7 @@ class RealBench(HeldOutBench):
         model = load(name, backend="numpy", weights="float")
         digest = hashlib.sha256(locate(name).read_bytes()).hexdigest()
         super().__init__(model, digest, excerpts, length, windows=16, window=512)
-        self.text: Sequence[np.ndarray] = list(
+        self.text = list(
             calibration_windows(model.tokenizer, excerpts, length, 0, documents=topics(1))
         )
 

@@ -31,12 +31,13 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from refllm.api import Model, load
 from refllm.array_types import Json
+from refllm.backend import to_numpy
 from refllm.decode import grammar as grammars
 from refllm.errors import InputError
 from refllm.measure.plotting import FULL, NEAREST, TECHNIQUE, new_figure, styled
@@ -108,7 +109,7 @@ def run(model: Model, schemas: Sequence[tuple[str, Json]], way: str) -> Json:
     engine = Engine(model, num_blocks=1024, max_sequences=16)
     whitespace, _, jump = way.partition(" + ")
     for i, (_, schema) in enumerate(schemas):
-        options: dict[str, Any] = {}
+        options: Json = {}
         if way != "none":
             options["grammar"] = grammars.compile(
                 json_schema=schema,
@@ -149,7 +150,7 @@ def is_valid(text: str, schema: Json, *, whole: bool) -> bool:
     return bool(kind(schema, format_checker=checker).is_valid(value[0]))
 
 
-def first_value(text: str, *, whole: bool) -> tuple[Any] | None:
+def first_value(text: str, *, whole: bool) -> tuple[object] | None:
     """The value of a whole text, or of the first object or array in it; None if there is none.
 
     >>> first_value('Here it is: {"a": 1} as asked', whole=False)
@@ -175,8 +176,8 @@ def walk(model: Model) -> Iterator[Json]:
     ids = model.chat_tokenizer.encode(prompt_of(WALKED), add_generation_prompt=True)
     state = grammar.start
     while True:
-        z = model.logits(ids)[-1].astype(np.float64)
-        p = np.exp(z - z.max())
+        z = np.asarray(to_numpy(model.logits(ids))[-1], np.float64)
+        p: np.ndarray = np.exp(z - z.max())
         p /= p.sum()
         mask = grammar.mask(state)
         token = int(np.argmax(np.where(mask, p, -1.0)))

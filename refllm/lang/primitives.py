@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from refllm.array_types import Json
 from refllm.errors import InputError, alternatives
 from refllm.lang.choices import RULES
 
@@ -52,8 +53,8 @@ class Gen(Part):
 
     name: str | None = None
     max_tokens: int = 128
-    options: dict[str, Any] = field(default_factory=dict)
-    grammar: dict[str, Any] = field(default_factory=dict)  # of ``decode.grammar.compile``
+    options: Json = field(default_factory=dict)
+    grammar: Json = field(default_factory=dict)  # of ``decode.grammar.compile``
 
 
 @dataclass(frozen=True)

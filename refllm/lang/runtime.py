@@ -24,7 +24,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from refllm.array_types import Json
+from refllm.checkpoints.chat_template_tokens import ChatTokenizer
 from refllm.decode.completion import CompletionOutput
+from refllm.decode.grammar import Grammar
+from refllm.decode.grammar import compile as compile_grammar
 from refllm.decode.speculative.interface import ModelLike
 from refllm.errors import InputError
 from refllm.lang.choices import NEEDS_ALONE, Decision, decide
@@ -99,7 +103,7 @@ class Runtime:
         managers = HashKVManager, RadixKVManager
         self.caches_prefixes = isinstance(engine.scheduler.memory, managers)
         self._lock = threading.Lock()
-        self._grammars: dict[str, Any] = {}
+        self._grammars: dict[str, Grammar] = {}
         self._savings = Savings()
 
     @property
@@ -195,23 +199,21 @@ class Runtime:
             self._savings.cached_tokens += sum(one.cached_tokens for one in outputs)
         return outputs
 
-    def _grammar(self, grammar: Mapping[str, Any]) -> Any:
+    def _grammar(self, grammar: Json) -> Grammar:
         """The compiled grammar; the same one for the same source."""
-        from refllm.decode import grammar as grammars
-
         key = json.dumps(grammar, sort_keys=True, default=repr)
         with self._lock:
             if key not in self._grammars:
-                self._grammars[key] = grammars.compile(tokenizer=self.model.tokenizer, **grammar)
+                self._grammars[key] = compile_grammar(tokenizer=self.model.tokenizer, **grammar)
             return self._grammars[key]
 
-    def _chat(self) -> Any:
-        chat = getattr(self.model, "chat_tokenizer", None)
+    def _chat(self) -> ChatTokenizer:
+        chat: ChatTokenizer | None = getattr(self.model, "chat_tokenizer", None)
         if chat is None:
             raise InputError("messages need a model with a chat template: append text instead")
         return chat
 
-    def _chat_arguments(self, prompt: Prompt, text: str) -> dict[str, Any]:
+    def _chat_arguments(self, prompt: Prompt, text: str) -> Json:
         """Messages and settings: an open message of the assistant is continued."""
         content = prompt.text + text
         if prompt.open not in (None, "assistant"):

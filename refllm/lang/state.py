@@ -89,13 +89,13 @@ class State:
     ``gen`` or ``select``, and waits for it.
     """
 
-    def __init__(self, runtime: Runtime, origin: Future[State] | None = None):
+    def __init__(self, runtime: Runtime, origin: Future[object] | None = None):
         self.runtime = runtime
-        self.returned: Any = None  # what the program's function returned
+        self.returned: object = None  # what the program's function returned
         self._prompt = Prompt()
-        self._values: dict[str, Future[Any]] = {}
+        self._values: dict[str, Future[object]] = {}
         self._meta: dict[str, Meta] = {}
-        self._work: deque[tuple[Callable[[], None], list[Future[Any]]]] = deque()
+        self._work: deque[tuple[Callable[[], None], list[Future[object]]]] = deque()
         self._lock = threading.Lock()
         self._working = False
         self._error: BaseException | None = None
@@ -123,7 +123,7 @@ class State:
 
     def __setitem__(self, name: str, value: object) -> None:
         """Keep a value of the program's own beside the texts."""
-        future: Future[Any] = Future()
+        future: Future[object] = Future()
         future.set_result(value)
         self._values[name] = future
 
@@ -151,7 +151,7 @@ class State:
 
     def wait(self) -> State:
         """Wait until everything that was appended is there; raises what has failed."""
-        done: Future[None] = Future()
+        done: Future[object] = Future()
         self._do(lambda: done.set_result(None), [done])
         done.result()
         return self
@@ -164,7 +164,7 @@ class State:
         """
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise InputError(f"fork makes 1 or more branches, got {count!r}")
-        here: Future[State] = Future()
+        here: Future[object] = Future()
 
         def share() -> None:
             if count > 1 and self._prompt.open in (None, "assistant"):
@@ -195,7 +195,7 @@ class State:
                 self._append(parts_of(part.content))
                 self._do(self._end)
             elif isinstance(part, (Gen, Select)):
-                value: Future[Any] = Future()
+                value: Future[object] = Future()
                 if part.name is not None:
                     self._values[part.name] = value
                 self._do(partial(self._run, part, value), [value])
@@ -213,7 +213,7 @@ class State:
     def _end(self) -> None:
         self._prompt.end()
 
-    def _run(self, part: Gen | Select, value: Future[Any]) -> None:
+    def _run(self, part: Gen | Select, value: Future[object]) -> None:
         """Ask the engine; append the text."""
         meta: Meta
         if isinstance(part, Gen):
@@ -227,11 +227,12 @@ class State:
             self._meta[part.name] = meta
         value.set_result(text)
 
-    def _adopt(self, origin: State) -> None:
+    def _adopt(self, origin: object) -> None:
+        assert isinstance(origin, State)
         self._prompt = origin._prompt.copy()
         self._meta = dict(origin._meta)
 
-    def _do(self, task: Callable[[], None], promised: Sequence[Future[Any]] = ()) -> None:
+    def _do(self, task: Callable[[], None], promised: Sequence[Future[object]] = ()) -> None:
         """Queue a task, which fulfils what it has ``promised``."""
         with self._lock:
             self._work.append((task, list(promised)))

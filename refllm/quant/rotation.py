@@ -44,6 +44,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -253,7 +254,7 @@ class RotatedAttend:
         return self.attend(layer, hadamard_transform(q), hadamard_transform(k), v)
 
 
-def _dense(weights: dict[str, Any], name: str) -> Array:
+def _dense(weights: Weights, name: str) -> Array:
     """W[M, N] of a weight in floating point; InputError for a quantised one."""
     if not isinstance(weights[name], Dense):
         raise InputError(
@@ -273,7 +274,7 @@ def _as_layer(layer: Layer) -> Layer:
     return made
 
 
-def _identity_or(wanted: bool, make: Any) -> np.ndarray | None:
+def _identity_or(wanted: bool, make: Callable[[], np.ndarray]) -> np.ndarray | None:
     """A matrix, or None for the identity."""
     return make() if wanted else None
 
