@@ -38,7 +38,8 @@ from refllm.decode.grammar.inhabitation import Inhabitation
 from refllm.decode.grammar.key_sets import Base
 from refllm.decode.grammar.keyword_formulas import KINDS
 from refllm.decode.grammar.schema_errors import located, unenforceable
-from refllm.decode.grammar.schema_expansion import Documents, SchemaExpansion
+from refllm.decode.grammar.schema_expansion import SchemaExpansion
+from refllm.decode.grammar.schema_nodes import Documents
 from refllm.decode.grammar.shapes import (
     ArrayShape,
     Location,

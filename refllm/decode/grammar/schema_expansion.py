@@ -19,8 +19,8 @@ Left out: shapes (``schema_algebra.py``); whether recursive nodes are empty (``i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Protocol, cast
+from collections.abc import Mapping
+from typing import cast
 
 from refllm.decode.grammar import (
     array_rules,
@@ -44,8 +44,9 @@ from refllm.decode.grammar.formulas import (
     every,
 )
 from refllm.decode.grammar.key_sets import Base, KeySet, named
-from refllm.decode.grammar.keyword_formulas import KINDS, Derived, Keywords, keyword_formula
+from refllm.decode.grammar.keyword_formulas import KINDS, Keywords, keyword_formula
 from refllm.decode.grammar.schema_errors import located, unenforceable
+from refllm.decode.grammar.schema_nodes import Documents, SchemaNodes
 from refllm.decode.grammar.shapes import NOTHING, Location, Node
 from refllm.decode.grammar.unevaluated import EVALUATED, other_items, other_members
 from refllm.decode.grammar.unevaluated import KEYWORDS as UNEVALUATED
@@ -54,33 +55,20 @@ MOST_WORK = 200_000  # conjunctions made for one document
 MOST_EXPANSIONS = 300_000  # of nodes, each kind of value counted by itself
 DEEPEST_LOOK = 20  # nodes inside each other that are looked into to see at once that they are empty
 MULTIPLYING = ("oneOf", "anyOf", "dependentSchemas", "dependentRequired", "not", "if", "allOf")
-SignedLocation = tuple[Location, bool]
 
 
 class _Unfinished(Exception):
     """Looking into a node needs the conjunctions of a schema that are just being made."""
 
 
-class Documents(Protocol):
-    """Where schemas come from (``schema_documents.py``)."""
-
-    def resolve(self, location: Location) -> Keywords | bool:
-        """The keywords of a schema under their names of 2020-12, subschemas as locations.
-
-        ``str(location)`` is its JSON Pointer.
-        """
-        ...
-
-
-class SchemaExpansion:
+class SchemaExpansion(SchemaNodes):
     """The conjunctions of the schemas and nodes of one document."""
 
     def __init__(self, documents: Documents) -> None:
-        self.documents = documents
+        super().__init__(documents)
         self._work = 0
         self._position = 0  # of the next key of any ``properties``
         self._looking: list[Node] = []  # nodes that ``quickly_empty`` is looking into
-        self._canonical: dict[SignedLocation, SignedLocation] = {}
         self._formulas: dict[tuple[Location, str], Formula] = {}
         self._conjunctions: dict[tuple[Location, bool, str, bool], list[Conjunction]] = {}
         self._expanding: dict[tuple[Location, bool, str, bool], int] = {}  # → len(_looking)
@@ -89,62 +77,11 @@ class SchemaExpansion:
         self._empty: dict[Node, bool] = {}
         self._facts: dict[Conjunction, object_conjunctions.ObjectFacts] = {}
 
-    # --- nodes ------------------------------------------------------------------------------------
-
-    def start(self, location: Location) -> Node:
-        """The node of the values that fit the schema at a location."""
-        return self.node([(location, True)])
-
-    def node(self, schemas: Iterable[SignedLocation]) -> Node:
-        """The node of schemas that hold together: ``NOTHING`` where two contradict each other."""
-        found = frozenset(map(self._simplest, schemas)) - {array_rules.ALWAYS}
-        if array_rules.NEVER in found:
-            return NOTHING
-        if len(found) > 1 and any((location, not sign) in found for location, sign in found):
-            return NOTHING
-        return found
-
-    def _simplest(self, schema: SignedLocation) -> SignedLocation:
-        """An equal schema: past ``$ref``, ``not`` and ``allOf`` that stand alone."""
-        known = self._canonical.get(schema)
-        if known is not None:
-            return known
-        location, sign = schema
-        for _ in range(100):  # a longer chain is left to the expansion, which rejects a circle
-            keywords = self.keywords(location)
-            if isinstance(keywords, bool):
-                location, sign = array_rules.NEVER if keywords != sign else array_rules.ALWAYS
-                break
-            if not keywords:
-                location, sign = array_rules.ALWAYS if sign else array_rules.NEVER
-                break
-            if len(keywords) != 1:
-                break
-            (key, value), *_ = keywords.items()
-            if key == "$ref":
-                location = value
-            elif key == "not":
-                location, sign = value, not sign
-            elif key in ("allOf", "anyOf", "oneOf") and len(cast(list[Location], value)) == 1:
-                location = cast(list[Location], value)[0]
-            else:
-                break
-        self._canonical[schema] = location, sign
-        return location, sign
-
-    def keywords(self, location: Location) -> Keywords | bool:
-        """The keywords of a schema."""
-        if isinstance(location, Derived):
-            return location.keywords
-        if location == array_rules.NEVER[0]:
-            return False
-        return self.documents.resolve(location)
-
     # --- schema → formula → conjunctions ----------------------------------------------------------
 
     def conjunctions(self, schema: Apply, kind: str, *, tracking: bool) -> list[Conjunction]:
         """The values of a kind that fit, or do not fit, a schema."""
-        location, positive = self._simplest((schema.location, schema.positive))
+        location, positive = self.simplest((schema.location, schema.positive))
         key = location, positive, kind, tracking
         if key in self._conjunctions:
             return self._conjunctions[key]
@@ -160,6 +97,9 @@ class SchemaExpansion:
             found = self._expand_schema(location, positive, kind, tracking=tracking)
         except TooManyConjunctions:
             self._failed[key] = self._too_many(location)
+            raise self._failed[key] from None
+        except GrammarError as error:
+            self._failed[key] = located(error, location)
             raise self._failed[key] from None
         finally:
             del self._expanding[key]

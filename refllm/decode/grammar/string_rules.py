@@ -11,6 +11,7 @@ kind, which are annotations.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import cast
@@ -19,7 +20,7 @@ from refllm.decode.grammar import dfa_operations, formats, regex
 from refllm.decode.grammar.alphabet import CHARACTERS
 from refllm.decode.grammar.dfa import ACCEPT, DFA
 from refllm.decode.grammar.dfa_builders import anything, from_words
-from refllm.decode.grammar.errors import about
+from refllm.decode.grammar.errors import GrammarError, about
 from refllm.decode.grammar.formulas import (
     Atom,
     Conjunction,
@@ -145,16 +146,39 @@ def accepts(atom: Atom, text: str) -> bool:
     raise TypeError(f"not an atom of strings: {atom}")
 
 
+def rejects(atom: Atom, text: str) -> bool:
+    """Whether a string is sure not to fit a string atom.
+
+    Some formats have strings of which neither automaton is sure; those are not rejected here, so
+    that alternatives of ``oneOf`` are not taken for disjoint.
+    """
+    if not isinstance(atom, FormatLanguage):
+        return not accepts(atom, text)
+    with suppress(GrammarError):  # the opposite of some formats is not known
+        opposite = format_languages(atom.name, not atom.accepted)
+        return any(
+            dfa.matches(text) and Count(low, high).contains(len(text))
+            for dfa, low, high in opposite
+        )
+    return False
+
+
 def simplify(conjunction: Conjunction) -> Conjunction | None:
     """An equal conjunction with fewer atoms; None if no string fits it, as far as is seen.
 
-    With constants the answer is exact: the words that fit all atoms.
+    With constants the answer is exact: the words that fit all atoms. Atoms of formats stay beside
+    words that they may or may not fit.
     """
     allowed = [a.words for a in conjunction if isinstance(a, Words) and a.positive]
     if allowed:
         words = frozenset.intersection(*allowed)
-        fitting = frozenset(w for w in words if all(accepts(a, w) for a in conjunction))
-        return frozenset({Words(fitting)}) if fitting else None
+        possible = frozenset(w for w in words if not any(rejects(a, w) for a in conjunction))
+        unsure = {
+            atom
+            for atom in conjunction
+            if isinstance(atom, FormatLanguage) and not all(accepts(atom, w) for w in possible)
+        }
+        return frozenset({Words(possible), *unsure}) if possible else None
     count = count_of(conjunction)
     if count.empty:
         return None
