@@ -7,6 +7,7 @@ schema.
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import json
 import subprocess
@@ -96,6 +97,10 @@ TINY = {
         *["--batch", "1", "2", "--prompt", "3", "--new", "4", "--prefill", "5", "--steps", "1"],
         *["2", "--context", "3", "--repeats", "1", "--rounds", "2", "--seconds", "0"],
         *["--threads", "1", "2", "--engines"],
+    ],
+    "grammar": [
+        *["--rounds", "2", "--every", "1", "--processes", "2", "--models", "stdlib"],
+        *["--engines", "refllm"],
     ],
     "training": [
         "--batch",
@@ -202,6 +207,36 @@ def test_a_quantised_cache_is_timed_beside_a_full_one(tmp_path: Path) -> None:
         assert r["bytes"] < r["full_bytes"] == 160 * 4 * 2 * 2 * 64 * 4
         assert 0 < r["ratio"]["low"] <= r["ratio"]["median"] <= r["ratio"]["high"]
     assert "KIVI / full" in printed
+
+
+def test_grammar_counts_schemas_and_times_masks(tmp_path: Path) -> None:
+    cases = [
+        ("right", {"type": "integer"}, [(5, True), ("5", False)]),
+        ("wrong", {"type": "null"}, [(0, True), (None, False)]),  # marked wrongly on purpose
+        ("rejected", {"type": "string", "pattern": "("}, [("(", True)]),
+    ]
+    data = tmp_path / "schemas.jsonl.gz"
+    with gzip.open(data, "wt") as file:
+        for family, schema, instances in cases:
+            tests = [{"data": data, "valid": valid} for data, valid in instances]
+            print(json.dumps({"family": family, "schema": schema, "tests": tests}), file=file)
+    record, printed = run("grammar", tmp_path, "--data", str(data))
+    check_record(record, "grammar")
+    assert record["settings"]["instances"] == 5
+    assert record["results"]["judged"]["refllm"] == {
+        "compiled": 2,
+        "right": 1,
+        "valid_rejected": 1,
+        "invalid_accepted": 1,
+        "crashed": 0,
+        "right_of_family": {"rejected": [0, 1], "right": [1, 1], "wrong": [0, 1]},
+    }
+    (row,) = record["results"]["timed"]
+    assert row["vocabulary"] == 4096
+    assert set(row["microseconds"]["refllm"]) == {
+        f"{what}_p{p}" for what in ("compile", "first", "again") for p in (50, 99)
+    }
+    assert "share right" in printed
 
 
 def test_a_large_model_is_loaded_in_its_bytes(tmp_path: Path) -> None:
