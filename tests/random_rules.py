@@ -11,7 +11,7 @@ from itertools import product
 from hypothesis import strategies as st
 
 from refllm.decode.grammar.automaton import Stack, State, Terminal, accepting, step
-from refllm.decode.grammar.context_free import ContextFree, Fork, Rest
+from refllm.decode.grammar.context_free import ContextFree, Rest
 from refllm.decode.grammar.errors import GrammarError
 from refllm.decode.grammar.productions import Counted, Part
 from refllm.decode.grammar.rules import (
@@ -27,6 +27,7 @@ from refllm.decode.grammar.rules import (
     Rule,
     RuleSet,
 )
+from refllm.decode.grammar.stacks import Fork
 
 PLACE = Position(1, 1)
 LETTERS = "ab"

@@ -24,9 +24,12 @@ the terminals of a context-free grammar that needs no lexer of its own, llguidan
 | q         | ``Thread.state``, a state of the DFA   | int, 0 is dead                |
 | labels    | bit set of what the DFA accepted in q  | int                           |
 
+Threads that differ by their stacks alone become one whose stack is a fork, where the frames allow
+it (``stacks``): an ambiguous context-free grammar has no more threads than its terminals have
+states.
+
 Left out: left recursion (a frame that resumes at once in a copy of itself would never read a
-byte; ``settle`` stops it with an error), and merging stacks of equal tops into a graph (GSS): a
-highly ambiguous grammar has many threads.
+byte; ``settle`` stops it with an error).
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -42,6 +45,23 @@ from refllm.array_types import Array
 from refllm.decode.grammar.counts import UNBOUNDED, RemainingCounts, remaining_counts
 from refllm.decode.grammar.dfa import DFA
 from refllm.decode.grammar.errors import GrammarError
+from refllm.decode.grammar.stacks import Entry, Frame, Joinable, Stack, join, parts
+
+__all__ = [
+    "Automaton",
+    "Entry",
+    "Frame",
+    "Resumption",
+    "Stack",
+    "State",
+    "Terminal",
+    "Thread",
+    "accepting",
+    "enter",
+    "leave",
+    "settle",
+    "step",
+]
 
 MAX_THREADS = 5_000
 
@@ -92,84 +112,6 @@ class Terminal:
         if count < self.minimum or (self.maximum is not None and count > self.maximum):
             return 0
         return self.dfa.labels[state] & self.allowed
-
-
-class Frame(Protocol):
-    """What surrounds a terminal: an object, an array, the rest of a rule. Immutable and hashable.
-
-    ``captures``: whether ``resume`` needs the bytes of everything that was read above the frame
-    since it was pushed.
-    """
-
-    @property
-    def captures(self) -> bool: ...
-
-    def resume(
-        self, label_bits: int, text: bytes | None, below: Stack | None
-    ) -> Iterable[tuple[Terminal | None, Stack | None]]:
-        """What may follow once the terminal above this frame was read, with these labels.
-
-        ``text`` is what was read above the frame if it ``captures``, else what the terminal
-        directly above read if that captures, else None. ``below`` is the stack without this
-        frame. Each alternative is a terminal and the stack under it, which extends ``below``;
-        None in place of the terminal: nothing is read here, and the top of that stack is resumed
-        at once, with label bits 1.
-        """
-        ...
-
-
-class Stack:
-    """A frame and the stack below it: a persistent linked list, None when empty."""
-
-    __slots__ = ("_hash", "below", "captures", "depth", "frame")
-
-    def __init__(self, frame: Frame, below: Stack | None = None) -> None:
-        self.frame = frame
-        self.below = below
-        # how many frames capture, this one included
-        self.captures: int = frame.captures + (below.captures if below is not None else 0)
-        self.depth: int = 1 + (below.depth if below is not None else 0)
-        self._hash = hash((frame, below._hash if below is not None else 0))
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Stack):
-            return NotImplemented
-        mine: Stack | None = self
-        theirs: Stack | None = other
-        while mine is not theirs:  # equal stacks mostly share what is below
-            if mine is None or theirs is None:
-                return False
-            if mine._hash != theirs._hash or mine.depth != theirs.depth:
-                return False
-            if mine.frame != theirs.frame:
-                return False
-            mine = mine.below
-            theirs = theirs.below
-        return True
-
-    def __iter__(self) -> Iterator[Frame]:
-        """The frames, top first."""
-        at: Stack | None = self
-        while at is not None:
-            yield at.frame
-            at = at.below
-
-    def __reduce__(self) -> tuple[object, ...]:  # hashes of strings differ between processes
-        return _stack_of, (tuple(self),)
-
-    def __repr__(self) -> str:
-        return f"Stack({list(self)})"
-
-
-def _stack_of(frames: tuple[Frame, ...]) -> Stack | None:
-    """The stack of these frames, top first."""
-    stack = None
-    for frame in reversed(frames):
-        stack = Stack(frame, stack)
-    return stack
 
 
 class Thread(NamedTuple):
@@ -228,9 +170,6 @@ class State:
         return f"State({set(self.threads)}, finished={self.finished})"
 
 
-Entry: TypeAlias = tuple[Terminal | None, Stack | None]  # as ``Frame.resume`` returns them
-
-
 class Automaton(Protocol):
     """A grammar: where its texts begin."""
 
@@ -271,8 +210,17 @@ def settle(waiting: Iterable[Thread | Resumption]) -> State | None:
     """
     stack = list(waiting)
     found: set[Thread | Resumption] = set()
+    joinable: set[Stack | None] = set()  # to be resumed together, when nothing else is left
     finished = False
-    while stack:
+    while stack or joinable:
+        if not stack:
+            for part in parts(join(joinable)):
+                if part is None:
+                    finished = True
+                else:
+                    stack.extend(_resume(Resumption(part, 1, (), None)))
+            joinable = set()
+            continue
         item = stack.pop()
         if item in found:
             continue
@@ -288,12 +236,28 @@ def settle(waiting: Iterable[Thread | Resumption]) -> State | None:
                 stack.append(leave(item, labels))
         elif item.stack is None:
             finished = True
+        elif isinstance(item.stack.frame, Joinable):
+            joinable.add(item.stack)
         else:
             stack.extend(_resume(item))
-    threads = frozenset(item for item in found if isinstance(item, Thread) and _continues(item))
+    threads = _joined(item for item in found if isinstance(item, Thread) and _continues(item))
     if not threads and not finished:
         return None
     return State(threads, finished)
+
+
+def _joined(threads: Iterable[Thread]) -> frozenset[Thread]:
+    """The threads; those that differ by their stacks alone become one, where these can join."""
+    found: list[Thread] = []
+    stacks: dict[Thread, set[Stack | None]] = {}
+    for thread in threads:
+        stack = thread.stack
+        if stack is not None and isinstance(stack.frame, Joinable):
+            stacks.setdefault(thread._replace(stack=None), set()).add(stack)
+        else:
+            found.append(thread)
+    found.extend(thread._replace(stack=join(several)) for thread, several in stacks.items())
+    return frozenset(found)
 
 
 def leave(thread: Thread, labels: int) -> Resumption:

@@ -25,13 +25,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
-from refllm.decode.grammar.automaton import Stack, State, Terminal, enter
+from refllm.decode.grammar.automaton import Entry, Stack, State, Terminal, enter
 from refllm.decode.grammar.normal_form import NormalForm, normal_form
 from refllm.decode.grammar.productions import Following, Part
 from refllm.decode.grammar.regular_parts import productions_of
 from refllm.decode.grammar.rules import RuleSet
-
-Entry = tuple[Terminal | None, Stack | None]
+from refllm.decode.grammar.stacks import Joinable, join
 
 
 class ContextFree:
@@ -77,12 +76,11 @@ class ContextFree:
 
 
 @dataclass(frozen=True, eq=False)
-class Rest:
+class Rest(Joinable):
     """A frame: a symbol that is to be derived. Compared by identity: a grammar has one of each."""
 
     grammar: ContextFree
     following: Following
-    captures = False
 
     def resume(self, label_bits: int, text: bytes | None, below: Stack | None) -> Iterator[Entry]:
         """What the symbol begins with; if it may be empty, also what comes after it."""
@@ -92,29 +90,3 @@ class Rest:
 
     def __repr__(self) -> str:
         return f"Rest({self.following.symbol!r}{'?' if self.following.optional else ''})"
-
-
-@dataclass(frozen=True)
-class Fork:
-    """A frame that stands for several stacks: the text may go on with any of them."""
-
-    stacks: frozenset[Stack | None]
-    captures = False
-
-    def resume(self, label_bits: int, text: bytes | None, below: Stack | None) -> Iterator[Entry]:
-        """Each of the stacks, whose top is resumed at once."""
-        for stack in self.stacks:
-            yield None, stack
-
-
-def join(stacks: set[Stack | None]) -> Stack | None:
-    """One stack for several, forks in forks resolved."""
-    found: set[Stack | None] = set()
-    for stack in stacks:
-        if stack is not None and isinstance(stack.frame, Fork):
-            found |= stack.frame.stacks
-        else:
-            found.add(stack)
-    if len(found) == 1:
-        return found.pop()
-    return Stack(Fork(frozenset(found)))

@@ -208,11 +208,12 @@ class _Lowering:
 
     def terminal(self, part: Regular, *, always: bool = False) -> Symbol | None:
         """A symbol for one DFA; None if that is too large, and ``always`` is not set."""
-        if part.tree not in self.terminals:
-            if self.failures >= MAX_FAILURES and part.weight > SMALL_WEIGHT and not always:
-                return None
+        if self.terminals.get(part.tree) is not None:
+            return self.terminals[part.tree]
+        given_up = self.failures >= MAX_FAILURES and part.weight > SMALL_WEIGHT
+        if always or not (given_up or part.tree in self.terminals):
             self.terminals[part.tree] = self._compiled(part.tree, always)
-        return self.terminals[part.tree]
+        return self.terminals.get(part.tree)
 
     def _compiled(self, tree: Node, always: bool) -> Symbol | None:
         try:

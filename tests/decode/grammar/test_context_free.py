@@ -126,6 +126,24 @@ def test_a_regular_count_of_a_million_is_counted_on_the_stack():
     assert len(state_after(automaton, "ab" * 100).threads) == 1
 
 
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        'root ::= root root | "a"',
+        'root ::= root root root | root root | "a" | "a" root',
+        'root ::= "a" root "x" | "a" root "y" | "a" root "z" | "a"',
+        'root ::= "a" root "x" | [ab] root "y" | "ab" root | "a"',
+        'root ::= root x | root y | "a"\nx ::= "a" | root\ny ::= "a" | root root',
+    ],
+)
+def test_bound_ambiguity_does_not_multiply_threads(grammar):
+    automaton = ContextFree(parse(grammar))
+    state = automaton.start()
+    for _ in range(25):
+        state = step(state, ord("a"))
+        assert len(state.threads) <= 8
+
+
 HOSTILE = {
     "a chain of rules": "\n".join(f'r{n} ::= r{n + 1} | "b"' for n in range(3000))
     + '\nr3000 ::= "a" root?\nroot ::= r0',
