@@ -112,13 +112,9 @@ class SequenceState:
         """
         if self.jump is None:
             return self._read(tokens, sequence)
-        output = [*sequence.output, *tokens]
         most = sequence.remaining - len(tokens) + 1
-        if self._ending.isdisjoint(tokens):
-            replaced = self.jump.replace_last(output, most)
-            found = self._read([*tokens[:-1], *replaced], sequence)
-        else:
-            found = self._read(tokens, sequence)
+        replaced = self.jump.replace_last([*sequence.output, *tokens], most)
+        found = self._read([*tokens[:-1], *replaced], sequence)
         jumped = max(0, len(found.tokens) - len(tokens))
         end = len(sequence.output) + len(found.tokens)
         self.jumped_at += range(end - jumped, end)

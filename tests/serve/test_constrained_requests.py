@@ -272,6 +272,19 @@ def test_stop_strings_at_the_end_of_a_complete_output(stop, minimum):
     assert found.text == ("yes"[: "yes".index(stop)] if stops else "yes")
 
 
+def test_a_stop_string_that_half_a_character_completes_ends_a_complete_output():
+    """The last token is the first byte of a character, which decodes as U+FFFD at the end."""
+    model = served_model(300)
+    (half,) = [t for t in range(300) if model.tokenizer.decode([t, t]) == "\ufffd\ufffd"][:1]
+    grammar = TableGrammar([{9: 1}, {half: 2}, {}], [2], 300, (5,))
+    options: dict[str, Any] = {"grammar": grammar, "stop": "\ufffd"}
+    found = model.generate([1], 9, details=True, **options)
+    assert (found.stop_reason, found.text) == ("\ufffd", model.tokenizer.decode([9]))
+    engine = Engine(model, num_blocks=20, block_size=4)
+    engine.submit(Request([1], 9, 0, **options))
+    assert facts(engine.run()[0].outputs[0]) == facts(found)
+
+
 # --- jump-forward ---------------------------------------------------------------------------
 
 TEXTS = ['{"return": true}', '{"return": false, "self": 1}', "import self"]
@@ -368,15 +381,20 @@ def test_drafts_and_jumps_in_the_engine_stay_in_the_grammar():
     grammar = WordGrammar.of(words, model)
     drafting = AdaptiveDrafting(ModelDrafter(model, 3, sequences=3))
     engine = Engine(model, num_blocks=60, block_size=4, drafter=drafting, seed=0)
-    for i in range(6):
+    for i in range(12):
+        most = 40 if i < 6 else i
         engine.submit(
-            Request([1, i], 40, i, grammar=grammar, jump_forward=True, temperature=1.0, seed=i)
+            Request([1, i], most, i, grammar=grammar, jump_forward=True, temperature=1.0, seed=i)
         )
     while engine.unfinished:
         engine.step()
         engine.check()
-    assert {result.text for result in engine.results.values()} <= set(words)
+    for result in engine.results.values():
+        assert len(result.tokens) <= result.request.max_tokens
+        assert any(word.startswith(result.text) for word in words)
+        assert result.finish_reason == ("stop" if result.text in words else "length")
     assert engine.jumped_tokens > 0
+    assert engine.jumped_tokens == sum(one.jumped_tokens for one in engine.results.values())
     assert drafting.stats.accepted > 0
 
 
