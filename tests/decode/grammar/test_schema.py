@@ -162,6 +162,8 @@ def test_a_schema_without_values_is_called_unsatisfiable(schema):
 @pytest.mark.parametrize(
     ("schema", "keyword", "pointer"),
     [
+        ({"properties": {"a": {"pattern": "(?<=x)y"}}}, "pattern", "#/properties/a"),
+        ({"patternProperties": {"(a)\\1": {}}}, "patternProperties", "#"),
         ({"items": {"not": {"uniqueItems": True}}}, "uniqueItems", "#/items/not"),
         ({"properties": {"a": {"$ref": "http://x/y"}}}, "$ref", "#/properties/a"),
         ({"anyOf": [{"type": "strng"}]}, "type", "#/anyOf/0"),
