@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 
 from random_rules import ShortestTexts, accepts
+from refllm import load
+from refllm.decode.grammar import compile
 from refllm.decode.grammar.automaton import step
 from refllm.decode.grammar.context_free import ContextFree
 from refllm.decode.grammar.earley import recognizes
 from refllm.decode.grammar.ebnf import parse
 from refllm.decode.grammar.errors import GrammarError
+from refllm.decode.grammar.masks import naive_mask
 from refllm.decode.grammar.shipped import names, shipped
 
 AUTOMATA = {name: ContextFree(parse(shipped(name))) for name in names()}
@@ -63,8 +66,47 @@ def random_text(automaton: ContextFree, rng: np.random.Generator, length: int) -
 @pytest.mark.parametrize("name", READERS)
 def test_oracle_random_texts_are_read_by_their_program(name):
     rng = np.random.default_rng(0)
-    for length in (0, 1, 3, 10, *range(20, 60)):
+    for length in (0, 1, 3, 10, *range(20, 60, 3)):
         READERS[name](random_text(AUTOMATA[name], rng, length))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load("stdlib").tokenizer
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_outputs_of_random_logits_are_read_by_their_program(tokenizer, name):
+    grammar = compile(ebnf=shipped(name), tokenizer=tokenizer)
+    shortest = ShortestTexts(grammar.automaton)
+    rng = np.random.default_rng(1)
+    for length in (2, 5, 8, 12):
+        state = grammar.start
+        text = b""
+        for _ in range(length):
+            logits = np.where(grammar.mask(state), rng.normal(size=grammar.vocabulary), -np.inf)
+            token = int(np.argmax(logits))
+            if token in grammar.end_tokens:
+                break
+            text += grammar.masks.trie.tokens[token]
+            state = grammar.advance(state, token)
+        READERS[name](shortest.closed(text, state).decode())
+
+
+@pytest.mark.parametrize("name", names())
+def test_oracle_masks_are_those_of_reading_each_token(tokenizer, name):
+    grammar = compile(ebnf=shipped(name), tokenizer=tokenizer)
+    rng = np.random.default_rng(2)
+    text = EXAMPLES[name][0].encode()
+    tokens = list(grammar.masks.trie.tokens)
+    for cut in (0, len(text) // 2, len(text)):
+        state = grammar.read(grammar.start, text[:cut])
+        mask = grammar.mask(state)
+        legal = rng.permutation(np.flatnonzero(mask))[:40]
+        others = rng.permutation(np.flatnonzero(~mask))[:300]
+        for token in map(int, [*legal, *others, *grammar.end_tokens]):
+            one = naive_mask(state, [tokens[token]], [0] if token in grammar.end_tokens else [])
+            assert mask[token] == one[0], (cut, tokens[token])
 
 
 EXAMPLES = {
