@@ -19,10 +19,10 @@ Escapes in texts and sets: ``\n \r \t \\ \" \[ \] \- \/ \^``, ``\xHH``, ``\uHHHH
 ``\UHHHHHHHH``. A rule ends with its line; the line may break after ``::=``, before and after
 ``|``, and anywhere within parentheses.
 
-Source: llama.cpp, ``grammars/README.md`` and ``src/llama-grammar.cpp``. Differences: left
-recursion is allowed; a rule that is defined twice, an empty set ``[]`` and a range whose end comes
-first are errors; a line may begin with ``|``; names may contain ``_``; ``\-``, ``\/`` and
-``\^`` are escapes.
+Source: llama.cpp, ``grammars/README.md`` and ``src/llama-grammar.cpp``. More is read than there:
+left recursion, also that of a repeated ``x*``; ``{,n}``; lines that begin with ``|``; names with
+``_``; the escapes ``\-``, ``\/`` and ``\^``. Less is read: a rule that is defined twice, an empty set
+``[]`` and a range whose end comes first are errors.
 
 Left out: tokens of the vocabulary as elements (``<think>``, ``<[1000]>``), which are rejected by
 name.
