@@ -303,13 +303,13 @@ def _repetition(scanner: Scanner, element: Expression) -> Expression:
     low = scanner.match(DIGITS)
     if low is None:
         raise scanner.error(f"expected a count after '~', found {scanner.found()}")
-    high: str | None = low
+    minimum = maximum = scanner.count(low)
     scanner.skip_in_rule()
     if scanner.take(".."):
         scanner.skip_in_rule()
         high = scanner.match(DIGITS)
         if high is None:
             raise scanner.error(f"expected a count after '..', found {scanner.found()}")
-    minimum, maximum = scanner.count(low), scanner.count(high)
+        maximum = scanner.count(high)
     scanner.check_range(minimum, maximum)
     return Repetition(element, minimum, maximum)

@@ -71,7 +71,7 @@ def without_left_recursion(table: Table, start: Key) -> Table:
     return result
 
 
-def _goals(table: Table, cycle: set[Key], start: Key) -> set[Part]:
+def _goals(table: Table, cycle: set[Key], start: Key) -> set[Key]:
     """The symbols of a cycle that are derived from elsewhere, not only as a left corner of it."""
     found: set[Part] = {each for each in cycle if each == start or isinstance(each, Counted)}
     for symbol, productions in table.items():
@@ -81,7 +81,7 @@ def _goals(table: Table, cycle: set[Key], start: Key) -> set[Part]:
             if symbol not in cycle:
                 found.add(first)
             found.update(each.symbol for each in following)
-    return found & cycle
+    return {symbol for symbol in cycle if symbol in found}
 
 
 class _Cycle:

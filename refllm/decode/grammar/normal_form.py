@@ -86,9 +86,9 @@ def normal_form(grammar: Productions) -> NormalForm:
     }
     start = Following(grammar.start, grammar.start in empty)
     table = _productive(with_counted(table))
-    if start.symbol not in table:
+    if grammar.start not in table:
         if start.optional:
-            return NormalForm(start, {start.symbol: []}, {start.symbol: 0})
+            return NormalForm(start, {grammar.start: []}, {grammar.start: 0})
         raise GrammarError(
             f"the grammar is unsatisfiable: its rule {grammar.start!r} derives no text, since "
             "every derivation goes on forever or needs a character of an empty set"
@@ -169,7 +169,7 @@ def _productive(table: Table) -> Table:
 
     def needed(production: Production) -> list[Key]:
         required = [each.symbol for each in production.following if not each.optional]
-        found = []
+        found: list[Key] = []
         for symbol in (production.first, *required):
             while isinstance(symbol, Counted):
                 symbol = symbol.item

@@ -58,7 +58,7 @@ class Stack:
         # how many frames capture, this one included
         self.captures: int = frame.captures + (below.captures if below is not None else 0)
         self.depth: int = 1 + (below.depth if below is not None else 0)
-        self._hash = hash((frame, below._hash if below is not None else 0))
+        self._hash: int = hash((frame, below._hash if below is not None else 0))
 
     def __hash__(self) -> int:
         return self._hash
