@@ -21,7 +21,7 @@ Escapes in texts and sets: ``\n \r \t \\ \" \[ \] \- \/ \^``, ``\xHH``, ``\uHHHH
 
 Source: llama.cpp, ``grammars/README.md`` and ``src/llama-grammar.cpp``. More is read than there:
 left recursion, also that of ``x?+``; ``{,n}``; lines that begin with ``|``; names with ``_``; the
-escapes ``\-``, ``\/`` and ``\^``. Less is read: a rule that is defined twice, an empty set ``[]`` and
+escapes ``\-``, ``\/`` and ``\^``. Less is read: a rule that is defined twice, an empty set and
 a range whose end comes first are errors.
 
 Left out: tokens of the vocabulary as elements (``<think>``, ``<[1000]>``), which are rejected by
