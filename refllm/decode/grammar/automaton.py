@@ -102,6 +102,27 @@ class Terminal:
             return True
         return self.remaining.possible(state, *self.limits(count))
 
+    @cached_property
+    def edges(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """Per state the states that a byte leads to, with the characters that it completes, each
+        pair once; without those that reach no allowed label.
+        """
+        dfa = self.dfa
+        first = dfa.alphabet.representatives
+        adds = np.zeros((dfa.states, len(first)), dtype=np.int8)
+        if self.increments is not None:
+            adds = np.asarray(self.increments)[:, list(first)]
+        rows = zip(dfa.table, adds.tolist(), strict=True)
+        pairs = [sorted(set(zip(row, added, strict=True))) for row, added in rows]
+        alive = [bool(dfa.reachable_labels(state) & self.allowed) for state in range(dfa.states)]
+        return tuple(tuple((s, n) for s, n in row if alive[s]) for row in pairs)
+
+    def continues(self, state: int, count: int) -> bool:
+        """Whether another byte may be read in ``state`` after ``count`` characters."""
+        if not self.counted:
+            return bool(self.edges[state])
+        return any(self.alive(after, count + added) for after, added in self.edges[state])
+
     def limits(self, count: int) -> tuple[int, int]:
         """The fewest and the most characters that may follow ``count`` of them."""
         most = UNBOUNDED if self.maximum is None else self.maximum - count
@@ -240,7 +261,11 @@ def settle(waiting: Iterable[Thread | Resumption]) -> State | None:
             joinable.add(item.stack)
         else:
             stack.extend(_resume(item))
-    threads = _joined(item for item in found if isinstance(item, Thread) and _continues(item))
+    threads = _joined(
+        item
+        for item in found
+        if isinstance(item, Thread) and item.terminal.continues(item.state, item.count)
+    )
     if not threads and not finished:
         return None
     return State(threads, finished)
@@ -268,13 +293,6 @@ def leave(thread: Thread, labels: int) -> Resumption:
         text = texts[-1]
         texts = texts[:-1]
     return Resumption(thread.stack, labels, texts, text)
-
-
-def _continues(thread: Thread) -> bool:
-    """Whether the terminal can read another byte."""
-    dfa = thread.terminal.dfa
-    allowed = thread.terminal.allowed
-    return any(dfa.reachable_labels(state) & allowed for state in dfa.successors[thread.state])
 
 
 def _move(thread: Thread, byte: int) -> Thread | None:

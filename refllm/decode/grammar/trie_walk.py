@@ -33,7 +33,7 @@ from itertools import pairwise
 import numpy as np
 
 from refllm.decode.grammar.automaton import Terminal
-from refllm.decode.grammar.counts import UNBOUNDED, RemainingCounts
+from refllm.decode.grammar.counts import NEVER, UNBOUNDED, RemainingCounts
 from refllm.decode.grammar.token_trie import TokenTrie
 
 _NONE = np.zeros(0, dtype=np.int32)
@@ -88,15 +88,41 @@ class Reader:
         self.label_sets = (0, *sorted(set(accepted) - {0}))
         place = {labels: i for i, labels in enumerate(self.label_sets)}
         self.label_of = np.array([place[labels] for labels in accepted], dtype=np.int32)
-        self.continues = alive[table].any(axis=1)  # bool[S]: whether another byte can follow
+        self.continues = alive[table].any(axis=1)  # bool[S], without length limits
         self.increments: np.ndarray | None = None
         self.remaining: RemainingCounts | None = None
         if terminal.counted:
             assert terminal.increments is not None
             self.remaining = terminal.remaining
+            self.edges = terminal.edges
+            # the numbers of characters that decide whether a state is alive or continues
+            self.needed, self.largest = self._deciding_counts()
             # bytes of one class complete characters alike
             first = list(dfa.alphabet.representatives)
             self.increments = np.asarray(terminal.increments)[:, first].reshape(-1)
+
+    def _deciding_counts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Per state the largest of the least numbers of characters that it and its successors
+        need, and the largest of their most numbers that is bounded, int64[S] each.
+        """
+        assert self.remaining is not None
+        least = np.where(self.remaining.least < NEVER, self.remaining.least, 0)
+        most = np.where(self.remaining.most < UNBOUNDED, self.remaining.most, 0)
+        needed = least.copy()
+        largest = most.copy()
+        for state, edges in enumerate(self.edges):
+            for after, added in edges:
+                needed[state] = max(needed[state], added + least[after])
+                largest[state] = max(largest[state], added + most[after])
+        return needed, largest
+
+    def continues_within(self, state: int, low: int, high: int) -> bool:
+        """Whether a byte may be read after which ``low`` to ``high`` characters may follow."""
+        assert self.remaining is not None
+        return any(
+            self.remaining.possible(after, low - added, high - added)
+            for after, added in self.edges[state]
+        )
 
     @property
     def nbytes(self) -> int:
@@ -107,8 +133,8 @@ class Reader:
 
 @dataclass(frozen=True, eq=False)
 class Exit:
-    """Where the DFA accepts ``labels``: all ``nodes`` int32, ``inner`` those with children, and
-    ``bits`` the tokens that end there, packed uint8.
+    """Where the DFA accepts ``labels``: ``nodes`` int32 that have children or where the DFA cannot
+    go on, ``inner`` those with children, ``bits`` the tokens that end in ``nodes``, packed uint8.
     """
 
     labels: int
@@ -140,32 +166,32 @@ class CountedWalk:
     nodes: np.ndarray  # int32[L]
     states: np.ndarray  # int32[L], of the DFA
     counts: np.ndarray  # int32[L], characters since the root
-    labels: np.ndarray  # int32[L], place in ``label_sets``
-    continues: np.ndarray  # bool[L], whether the DFA can go on
-    label_sets: tuple[int, ...]
-    remaining: RemainingCounts
+    labels: np.ndarray  # int32[L], place in the reader's ``label_sets``
+    reader: Reader
 
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays."""
-        arrays = (self.nodes, self.states, self.counts, self.labels, self.continues)
+        arrays = (self.nodes, self.states, self.counts, self.labels)
         return sum(array.nbytes for array in arrays)
 
     @cached_property
     def _effective(self) -> tuple[int, int]:
         """Limits beyond which nothing changes: the smallest such lower, and upper one."""
         longest = int(self.counts.max(initial=0))
-        ends = self.counts + self.remaining.most[self.states]
-        needed = self.counts + self.remaining.least[self.states]
-        largest = int(ends[ends < UNBOUNDED].max(initial=0))
-        return 1 + max(longest, largest), max(longest, int(needed.max(initial=0)))
+        needed = self.counts + self.reader.needed[self.states]
+        largest = self.counts + self.reader.largest[self.states]
+        return 1 + max(longest, int(largest.max(initial=0))), max(
+            longest, int(needed.max(initial=0))
+        )
 
     def clipped(self, low: int, high: int) -> tuple[int, int]:
         """These limits of the characters that may follow the root, each replaced by the nearest
         one that allows the same tokens: far from its limits a string has one mask.
         """
         low = max(low, 0)
-        if self.remaining.levels is not None:
+        assert self.reader.remaining is not None
+        if self.reader.remaining.levels is not None:
             return low, high
         at_most, at_least = self._effective
         low = min(low, at_most)
@@ -175,10 +201,27 @@ class CountedWalk:
         """The walk in which ``low`` to ``high`` characters may follow the root."""
         fewest = low - self.counts.astype(np.int64)
         most = high - self.counts.astype(np.int64)
-        alive = self.remaining.within(self.states, fewest, most)
+        assert self.reader.remaining is not None
+        alive = np.flatnonzero(self.reader.remaining.within(self.states, fewest, most))
         ends = (fewest <= 0) & (most >= 0)
         labels = (self.labels * ends)[alive]
-        return _walk_of(trie, self.nodes[alive], labels, self.continues[alive], self.label_sets)
+        continues = np.ones(len(alive), dtype=bool)
+        accepting = np.flatnonzero(labels)
+        continues[accepting] = self._continues(alive[accepting], low, high)
+        return _walk_of(trie, self.nodes[alive], labels, continues, self.reader.label_sets)
+
+    def _continues(self, places: np.ndarray, low: int, high: int) -> np.ndarray:
+        """Whether another byte may be read within the limits, bool[P]; ``places`` int[P] are of
+        live nodes. Nodes of equal state and count are asked once.
+        """
+        pairs, place = np.unique(
+            np.stack([self.states[places], self.counts[places]]), axis=1, return_inverse=True
+        )
+        possible = [
+            self.reader.continues_within(state, low - count, high - count)
+            for state, count in pairs.T.tolist()
+        ]
+        return np.array(possible, dtype=bool)[place.reshape(-1)]
 
 
 def walk(trie: TokenTrie, reader: Reader, state: int, roots: Roots) -> Walk | CountedWalk:
@@ -187,13 +230,10 @@ def walk(trie: TokenTrie, reader: Reader, state: int, roots: Roots) -> Walk | Co
     nodes = np.concatenate([part[0] for part in parts])
     states = np.concatenate([part[1] for part in parts]) // reader.classes
     labels = reader.label_of[states]
-    continues = reader.continues[states]
     if reader.remaining is None:
-        return _walk_of(trie, nodes, labels, continues, reader.label_sets)
+        return _walk_of(trie, nodes, labels, reader.continues[states], reader.label_sets)
     counts = np.concatenate([part[2] for part in parts])
-    return CountedWalk(
-        nodes, states, counts, labels, continues, reader.label_sets, reader.remaining
-    )
+    return CountedWalk(nodes, states, counts, labels, reader)
 
 
 def _walk_of(
@@ -210,8 +250,12 @@ def _walk_of(
     places = np.flatnonzero(labels)
     if len(places):
         for label in sorted(set(labels[places].tolist())):
-            found = nodes[places[labels[places] == label]]
-            found = distinct(found)
+            here = places[labels[places] == label]
+            found = nodes[here]
+            goes_on = continues[here]
+            found = distinct(found[~goes_on | trie.has_children[found]])
+            if not len(found):
+                continue
             inner = found[trie.has_children[found]]
             exits.append(Exit(label_sets[label], found, inner, trie.pack(found)))
     return Walk(trie.pack(nodes[continues]), tuple(exits))
