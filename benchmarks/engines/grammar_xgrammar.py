@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Iterator
 
 import xgrammar
 from common import Channel
@@ -10,6 +12,20 @@ from common import Channel
 import refllm
 from engines.grammars import Rejected, serve
 from refllm.decode.grammar import token_bytes
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Without the warnings that xgrammar writes to standard error, several for each schema."""
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 class Matcher:
@@ -50,7 +66,8 @@ class Engine:
 
     def compile(self, schema: str) -> Callable[[], Matcher]:
         try:
-            compiled = self.compiler.compile_json_schema(schema, strict_mode=False)
+            with _silent():
+                compiled = self.compiler.compile_json_schema(schema, strict_mode=False)
         except Exception as error:  # it raises several kinds
             raise Rejected(str(error)) from error
         return lambda: Matcher(compiled, self.vocabulary)
