@@ -29,6 +29,7 @@ from refllm.decode.grammar.automaton import Entry, Stack, State, Terminal, enter
 from refllm.decode.grammar.normal_form import NormalForm, normal_form
 from refllm.decode.grammar.productions import Following, Part
 from refllm.decode.grammar.regular_parts import productions_of
+from refllm.decode.grammar.rule_checks import reachable
 from refllm.decode.grammar.rules import RuleSet
 from refllm.decode.grammar.stacks import Joinable, join
 
@@ -38,7 +39,12 @@ class ContextFree:
 
     def __init__(self, grammar: RuleSet) -> None:
         self.form: NormalForm = normal_form(productions_of(grammar))
-        self.notes: tuple[str, ...] = ()
+        used = set(reachable(grammar))
+        unused = [name for name in grammar.rules if name not in used]
+        self.notes: tuple[str, ...] = (
+            *(f"the rule {name!r} is never used" for name in unused),
+            *(f"the rule {name!r} derives no text" for name in self.form.useless),
+        )
         self._frames: dict[Following, Rest] = {}
         self._numbers: dict[Part, int] = {}
 

@@ -47,11 +47,14 @@ from refllm.decode.grammar.rule_checks import Vertex, components
 
 @dataclass(frozen=True)
 class NormalForm:
-    """``table[A]`` are the productions of A'; ``start`` is optional if there is an empty text."""
+    """``table[A]`` are the productions of A'; ``start`` is optional if there is an empty text.
+    ``useless`` are the rules that derive no text.
+    """
 
     start: Following
     table: Table
     ranks: dict[Key, int]
+    useless: tuple[str, ...] = ()
 
     def productions(self, symbol: Key) -> list[Production]:
         """What a symbol derives; the counts of a ``Counted`` go down by one."""
@@ -86,15 +89,17 @@ def normal_form(grammar: Productions) -> NormalForm:
     }
     start = Following(grammar.start, grammar.start in empty)
     table = _productive(with_counted(table))
+    rules = [symbol for symbol in grammar.of if isinstance(symbol, str)]
+    useless = tuple(rule for rule in rules if rule not in table and rule not in empty)
     if grammar.start not in table:
         if start.optional:
-            return NormalForm(start, {grammar.start: []}, {grammar.start: 0})
+            return NormalForm(start, {grammar.start: []}, {grammar.start: 0}, useless)
         raise GrammarError(
             f"the grammar is unsatisfiable: its rule {grammar.start!r} derives no text, since "
             "every derivation goes on forever or needs a character of an empty set"
         )
     table = _productive(with_counted(without_left_recursion(table, grammar.start)))
-    return NormalForm(start, table, _ranks(table))
+    return NormalForm(start, table, _ranks(table), useless)
 
 
 def _ranks(table: Table) -> dict[Key, int]:

@@ -75,8 +75,11 @@ class _Lowering:
         self.numbers = 0
         self.result = Productions(grammar.start)
         self._find_regular_rules(names)
-        for name in names:
-            self.result.of[name] = [(self.symbol(self.bodies[name]),)]
+        self.pending = [grammar.start]  # rules that stay rules
+        while self.pending:
+            name = self.pending.pop()
+            if name not in self.result.of:
+                self.result.of[name] = [(self.symbol(self.bodies[name]),)]
 
     def _find_regular_rules(self, names: list[str]) -> None:
         """Which rules are regular: those that refer to such rules only."""
@@ -148,6 +151,7 @@ class _Lowering:
             case Pattern():
                 return self.pattern(node)
             case Reference(name):
+                self.pending.append(name)
                 return name
             case Repetition(_, _, 0):
                 return self.chain([])

@@ -215,6 +215,15 @@ def test_alternatives_without_texts_are_dropped():
     assert same_texts('root ::= "a" | "b" x | "a" "b"\nx ::= "a" x', "ab", 4) == ["a", "ab"]
 
 
+def test_notes_name_useless_rules():
+    automaton = ContextFree(parse('root ::= "a" | x\nx ::= "b" x\ny ::= root\nz ::= ""'))
+    assert automaton.notes == (
+        "the rule 'y' is never used",
+        "the rule 'z' is never used",
+        "the rule 'x' derives no text",
+    )
+
+
 def test_a_regular_expression_with_assertions_sees_its_own_text():
     grammar = parse(r'start: "x" A "x"' + "\n" + r"A: /^[ab]+$/")
     automaton = ContextFree(grammar)
