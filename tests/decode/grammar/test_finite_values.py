@@ -56,6 +56,7 @@ def test_every_value_is_listed_once(schema) -> None:
         ({"type": "number", "minimum": 1.5, "maximum": 1.5}, 1),
         ({"type": "number", "minimum": 1, "maximum": 2}, None),
         ({"type": "integer", "minimum": 1}, None),
+        ({"type": "integer", "minimum": 1, "maximum": 300}, 300),
         ({"type": "integer", "minimum": 1, "maximum": 10**9}, None),
         ({"type": "string", "pattern": "^[ab]{2}$"}, 4),
         ({"type": "string", "pattern": "^a*$", "maxLength": 3}, 4),

@@ -132,3 +132,10 @@ def test_too_many_witnesses_are_rejected_by_name() -> None:
             with pytest.raises(GrammarError, match="more than 6 keys") as raised:
                 inhabited(shape, join, bool)
             assert raised.value.keyword == "not"
+
+
+def test_a_key_that_is_written_is_no_witness_any_more() -> None:
+    shape = ObjectShape({"a": node(1)}, (KeyClass(anything(CHARACTERS), node()),))
+    witness = Witness(words("a"), node(1))
+    assert completable(shape, frozenset(), [witness], join, bool)
+    assert not completable(shape, frozenset({"a"}), [witness], join, bool)

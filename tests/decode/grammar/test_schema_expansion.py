@@ -8,6 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies_of_atoms import of_kind
 
+from refllm.decode.grammar.array_rules import Items, Matches, Unique
+from refllm.decode.grammar.formulas import Apply, Count, Evaluation
+from refllm.decode.grammar.key_sets import ALL_KEYS, named
+from refllm.decode.grammar.number_rules import Integer, Range
+from refllm.decode.grammar.object_rules import Member, Members, Required
+from refllm.decode.grammar.schema_algebra import SchemaAlgebra
+from refllm.decode.grammar.schema_documents import SchemaDocument
+
 ALGEBRA, LOCATIONS = small_document()
 KINDS = list(OF_KIND)
 
@@ -54,3 +62,60 @@ def test_an_implied_atom_asks_nothing_more(kind, data) -> None:
     if simple is not None and ALGEBRA.implied(kind, simple, atom):
         found = fitting(ALGEBRA, simple, kind)
         assert found == fitting(ALGEBRA, simple | {atom}, kind)
+
+
+TEXT, ONE = (LOCATIONS[1], True), (LOCATIONS[0], True)
+ANY_BUT_A = named("a").complement()
+
+
+@pytest.mark.parametrize(
+    ("kind", "atoms"),
+    [
+        ("object", {Members(ANY_BUT_A, TEXT), Member(ALL_KEYS, ONE)}),
+        ("object", {Members(ANY_BUT_A, TEXT), Member(named("a", "b"), ONE)}),
+        ("array", {Unique(), Count(0, 2)}),
+        ("array", {Unique(False), Count(0, 2)}),
+        ("number", {Integer(), Range(0, 1, exclusive_minimum=True)}),
+        ("number", {Integer(), Range(1, 2, exclusive_maximum=True)}),
+        ("number", {Range(maximum=2), Range(maximum=1)}),
+        ("number", {Range(maximum=1), Range(maximum=1, exclusive_maximum=True)}),
+        ("number", {Range(minimum=1), Range(minimum=1, exclusive_minimum=True)}),
+    ],
+)
+def test_what_is_easily_lost_by_simplifying(kind, atoms) -> None:
+    found = fitting(ALGEBRA, atoms, kind)
+    assert found
+    assert fitting(ALGEBRA, ALGEBRA.simplify(kind, frozenset(atoms)), kind) == found
+
+
+@pytest.mark.parametrize(
+    ("kind", "atoms"),
+    [
+        ("string", {Count(2, None), Count(0, 1)}),
+        ("array", {Count(2, None), Unique(False), Count(0, 1)}),
+        ("array", {Count(0, 1), Unique(False)}),
+        ("array", {Matches(0, ONE, 1, None), Items(0, (ONE[0], False))}),
+        ("array", {Matches(1, ONE, 2, None), Count(0, 2)}),
+        ("object", {Count(0, 0), Required("a")}),
+        ("object", {Count(0, 0), Member(ALL_KEYS, ONE)}),
+        ("object", {Required("a"), Members(named("a"), ONE), Members(ALL_KEYS, TEXT)}),
+        ("object", {Member(named("a"), ONE), Members(ALL_KEYS, (ONE[0], False))}),
+        ("number", {Integer(), Range(0, 1, exclusive_minimum=True, exclusive_maximum=True)}),
+        ("number", {Integer(), Integer(positive=False)}),
+        ("number", {Range(1, 1, exclusive_minimum=True)}),
+    ],
+)
+def test_contradictions_that_are_seen_at_once(kind, atoms) -> None:
+    assert fitting(ALGEBRA, atoms, kind) == []
+    assert ALGEBRA.simplify(kind, frozenset(atoms)) is None
+
+
+def test_what_is_evaluated_is_noted_only_where_it_is_asked_for() -> None:
+    document = SchemaDocument(
+        {"properties": {"a": {"type": "string"}}, "prefixItems": [{"type": "null"}]}
+    )
+    algebra = SchemaAlgebra(document)
+    for kind in ("object", "array"):
+        for tracking in (False, True):
+            (found,) = algebra.conjunctions(Apply(document.root), kind, tracking=tracking)
+            assert any(isinstance(atom, Evaluation) for atom in found) == tracking
