@@ -14,7 +14,7 @@ import refllm.decode.grammar
 from chat_models import chat_model, save_chat_model
 from command_line import as_lines, run, save_tiny_model
 from grammars import WordGrammar
-from refllm.api import load
+from refllm.api import Model, load
 from refllm.cli.grammar_options import check_one_grammar, grammar_from_options, split_choices
 from refllm.errors import InputError
 
@@ -70,6 +70,20 @@ def test_the_output_is_that_of_generate_with_the_grammar(model, compiled):
                 "--choices", "yes,no way", *flags,
             )  # fmt: skip
             assert result.stdout == as_lines(expected)
+
+
+def test_jump_forward_reaches_the_model(model, compiled, monkeypatch):
+    asked: list[bool] = []
+    stream = Model.stream
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        asked.append(options["jump_forward"])
+        return stream(*arguments, **options)
+
+    monkeypatch.setattr(Model, "stream", watched)
+    for flags in ([], ["--jump-forward"]):
+        run("generate", "x", "--model", model, "--choices", "yes,no", *flags)
+    assert asked == [False, True]
 
 
 def test_a_chat_answers_with_the_grammar(tmp_path, monkeypatch):

@@ -434,6 +434,13 @@ def test_where_no_token_is_left_the_request_ends_with_the_sentence():
     assert results["longer"].tokens == [9, 8]
 
 
+def test_beams_that_are_complete_before_min_tokens_are_an_error():
+    grammar = TableGrammar([{9: 1, 7: 1}, {}], [1], V, end_tokens=(END,))
+    request = Request(PROMPTS[0], 6, 0, grammar=grammar, min_tokens=2, beam=True, n=2)
+    results, _ = served([request])
+    assert "min_tokens, 2, forbid" in results[0].error
+
+
 def test_a_draft_that_leads_into_a_dead_end_fails_nothing_before_it():
     """The n-gram drafts 8 after 9; what would follow is banned, and the sentence comes there."""
     grammar = TableGrammar([{9: 1}, {8: 2, 7: 2}, {9: 1}], [], V)
