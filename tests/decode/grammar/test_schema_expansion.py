@@ -73,6 +73,7 @@ ANY_BUT_A = named("a").complement()
     [
         ("object", {Members(ANY_BUT_A, TEXT), Member(ALL_KEYS, ONE)}),
         ("object", {Members(ANY_BUT_A, TEXT), Member(named("a", "b"), ONE)}),
+        ("object", {Members(ANY_BUT_A, (LOCATIONS[3], True)), Member(ALL_KEYS, TEXT)}),
         ("array", {Unique(), Count(0, 2)}),
         ("array", {Unique(False), Count(0, 2)}),
         ("number", {Integer(), Range(0, 1, exclusive_minimum=True)}),

@@ -20,6 +20,7 @@ ARRAYS = [[], [1], [1, 1], ["x", 1], [1, 1, 1], ["x", "x"], [1, "x", 1]]
         {**A, **NO_KEYS},
         {"anyOf": [A, B], **NO_KEYS},
         {"required": ["a"], **A, "allOf": [{"anyOf": [A, B]}], **NO_KEYS},
+        {"required": ["a"], **A, "allOf": [{"anyOf": [A, {**B, "required": ["b"]}]}], **NO_KEYS},
         {"oneOf": [{**A, "required": ["a"]}, {**B, "required": ["b"]}], **NO_KEYS},
         {"if": {**A, "required": ["a"]}, "then": B, "else": {"properties": {"c": True}}, **NO_KEYS},
         {"not": {"not": A}, **NO_KEYS},
