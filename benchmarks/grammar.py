@@ -9,7 +9,8 @@ instances marked valid or invalid (guidance-ai/jsonschemabench, ``maskbench/data
 Counted: an instance is what ``json.dumps(data, ensure_ascii=False)`` writes, read token by token
 by the bundled tokenizer. A schema is right if it compiles and all its instances are judged as
 marked; valid instances rejected and invalid ones accepted are counted among compiled schemas. The
-schemas are divided among ``--processes`` processes.
+schemas are divided among ``--processes`` processes. ``--judged RECORD`` takes the counts of an
+earlier record and measures times alone.
 
 Measured here: processor time of compiling (without the tokenizer's trie) and of each mask along
 the instances of every ``--every``-th schema. ``first`` is the mask of a state that is asked for
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="JSON Schemas against llguidance and xgrammar.")
     parser.add_argument("--data", type=Path, default=SCHEMAS, help="schemas.jsonl.gz")
     parser.add_argument("--limit", type=int, help="the first schemas alone")
+    parser.add_argument("--judged", type=Path, help="a record whose counts are taken over")
     parser.add_argument("--every", type=int, default=12, help="time every n-th schema")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--processes", type=int, default=2, help="for judging")
@@ -63,6 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in skipped:
         print(f"{name} is not installed: pip install 'refllm[grammars]'")
     cases = read(options.data)[: options.limit]
+    if options.judged:
+        counts = counts_of(options.judged, len(cases))
+    else:
+        counts = {name: judged(name, cases, options.processes) for name in names}
     record: dict[str, Any] = {
         "benchmark": "grammar",
         "environment": environment(("llguidance", "xgrammar"), dict.fromkeys(names, 1)),
@@ -75,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         },
         "skipped": skipped,
         "results": {
-            "judged": {name: judged(name, cases, options.processes) for name in names},
+            "judged": counts,
             "timed": [],
         },
     }
@@ -92,6 +98,15 @@ def read(path: Path) -> list[dict[str, Any]]:
     """The schemas with their instances."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
+
+
+def counts_of(path: Path, schemas: int) -> dict[str, Any]:
+    """What an earlier record counted, of as many schemas."""
+    earlier = json.loads(path.read_text())
+    if earlier["settings"]["schemas"] != schemas:
+        raise SystemExit(f"{path} has counts of another number of schemas than {schemas}")
+    counts: dict[str, Any] = earlier["results"]["judged"]
+    return counts
 
 
 def requests(model: str, cases: Sequence[dict[str, Any]], timed: bool) -> list[dict[str, Any]]:

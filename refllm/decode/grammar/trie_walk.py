@@ -203,8 +203,7 @@ class CountedWalk:
         most = high - self.counts.astype(np.int64)
         assert self.reader.remaining is not None
         alive = np.flatnonzero(self.reader.remaining.within(self.states, fewest, most))
-        ends = (fewest <= 0) & (most >= 0)
-        labels = (self.labels * ends)[alive]
+        labels = (self.labels * (fewest <= 0))[alive]  # live nodes are within the upper limit
         continues = np.ones(len(alive), dtype=bool)
         accepting = np.flatnonzero(labels)
         continues[accepting] = self._continues(alive[accepting], low, high)
