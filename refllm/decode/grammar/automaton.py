@@ -92,7 +92,9 @@ class Terminal:
         """How many characters may follow each state of the DFA."""
         assert self.increments is not None, "a length limit needs increments"
         labels = np.array(self.dfa.labels) & self.allowed
-        return remaining_counts(self.dfa.byte_table, np.asarray(self.increments), labels != 0)
+        return remaining_counts(
+            np.asarray(self.dfa.byte_table), np.asarray(self.increments), labels != 0
+        )
 
     def alive(self, state: int, count: int) -> bool:
         """Whether the DFA, in ``state`` after ``count`` characters, can still accept."""
@@ -144,7 +146,7 @@ class Thread(NamedTuple):
 
     terminal: Terminal
     state: int
-    count: int
+    count: int  # type: ignore[assignment]  # tuple has a method of this name
     texts: tuple[bytes, ...]
     stack: Stack | None
 

@@ -52,7 +52,9 @@ class RemainingCounts:
         states int[K] and limits int64[K].
         """
         low = np.maximum(low, 0)
-        possible = (self.least[states] <= high) & (self.most[states] >= low) & (low <= high)
+        possible: np.ndarray = (
+            (self.least[states] <= high) & (self.most[states] >= low) & (low <= high)
+        )
         if self.levels is None:
             return possible
         for i in np.flatnonzero(possible):

@@ -40,7 +40,7 @@ from refllm.decode.grammar.errors import GrammarError
 from refllm.decode.grammar.forced import forced_bytes
 from refllm.decode.grammar.json_text import Whitespace
 from refllm.decode.grammar.masks import TokenMasks
-from refllm.decode.grammar.object_table import Order
+from refllm.decode.grammar.object_keys import Order
 from refllm.decode.grammar.regex import from_pattern
 from refllm.decode.grammar.schema import compile_schema
 from refllm.decode.grammar.token_trie import TokenTrie, trie_of

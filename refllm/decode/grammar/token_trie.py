@@ -73,8 +73,8 @@ class TokenTrie:
         self.has_children = counts > 0
         # the tokens of node i are _by_node[_token_begins[i]:_token_begins[i + 1]]
         self._by_node = np.argsort(self.node, kind="stable").astype(np.int32)
-        tokens = np.bincount(self.node, minlength=len(self.parent))
-        self._token_begins = np.concatenate([[0], np.cumsum(tokens)]).astype(np.int32)
+        of_node = np.bincount(self.node, minlength=len(self.parent))
+        self._token_begins = np.concatenate([[0], np.cumsum(of_node)]).astype(np.int32)
         self._firsts = np.array(self.levels)
         self._columns = lru_cache(maxsize=64)(self._classes_of)
 
@@ -151,7 +151,9 @@ def _places_in_groups(counts: np.ndarray) -> np.ndarray:
     [0, 1, 0, 1, 2]
     """
     ends = np.cumsum(counts)
-    return np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - counts, counts)
+    places = np.arange(int(ends[-1]) if len(ends) else 0)
+    places -= np.repeat(ends - counts, counts)
+    return places
 
 
 # One trie for each tokenizer object, as long as it lives.

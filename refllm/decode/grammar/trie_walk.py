@@ -88,7 +88,7 @@ class Reader:
         self.label_sets = (0, *sorted(set(accepted) - {0}))
         place = {labels: i for i, labels in enumerate(self.label_sets)}
         self.label_of = np.array([place[labels] for labels in accepted], dtype=np.int32)
-        self.continues = alive[table].any(axis=1)  # bool[S], without length limits
+        self.continues: np.ndarray = np.any(alive[table], axis=1)  # bool[S], without length limits
         self.increments: np.ndarray | None = None
         self.remaining: RemainingCounts | None = None
         if terminal.counted:
@@ -127,8 +127,8 @@ class Reader:
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays."""
-        counted = 0 if self.increments is None else self.increments.nbytes
-        return self.flat.nbytes + self.label_of.nbytes + counted
+        total: int = self.flat.nbytes + self.label_of.nbytes
+        return total + (0 if self.increments is None else self.increments.nbytes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -282,7 +282,7 @@ def _descend(
     states = np.zeros(last - first + 1, dtype=np.int32)
     states[roots - first] = state * reader.classes
     counts = np.zeros_like(states)
-    live = [(_NONE, _NONE, _NONE)]
+    live: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = [(_NONE, _NONE, _NONE)]
     while True:
         begin = int(trie.children[first])
         end = int(trie.children[last + 1])
