@@ -25,7 +25,7 @@ from refllm.decode.grammar.automaton import Entry, Stack, State, Terminal, enter
 from refllm.decode.grammar.dfa import DFA
 from refllm.decode.grammar.distinct import DistinctValues
 from refllm.decode.grammar.json_text import Whitespace
-from refllm.decode.grammar.json_values import Frozen
+from refllm.decode.grammar.json_values import Frozen, FrozenArray, FrozenObject
 from refllm.decode.grammar.object_frames import ObjectFrame, ObjectText, open_object
 from refllm.decode.grammar.object_keys import Order
 from refllm.decode.grammar.scalars import Scalars
@@ -101,8 +101,9 @@ class JsonFrames:
         shapes = self.shapes.expand(node)
         for terminal in self._scalars.terminals(shapes, forbidden):
             yield terminal, None
-        arrays = objects = forbidden
-        if forbidden:
+        arrays: frozenset[FrozenArray] | None = None
+        objects: frozenset[FrozenObject] | None = None
+        if forbidden is not None:
             arrays = frozenset(value for value in forbidden if isinstance(value, tuple))
             objects = frozenset(value for value in forbidden if isinstance(value, frozenset))
         for array in shapes.arrays:

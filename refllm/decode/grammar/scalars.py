@@ -9,7 +9,7 @@ Left out: nothing; numbers are ``json_numbers.py``'s, strings ``regex.py``'s and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from refllm.array_types import Loose
 from refllm.decode.grammar.alphabet import BYTES, CHARACTERS
@@ -53,7 +53,9 @@ class Scalars:
 
     def _literal_dfa(self, literals: frozenset[str]) -> DFA:
         if literals not in self._literals:
-            words = {literal.encode(): 1 for literal in sorted(literals)}
+            words: dict[Sequence[int] | str, int] = {
+                literal.encode(): 1 for literal in sorted(literals)
+            }
             self._literals[literals] = from_words(words, size=BYTES)
         return self._literals[literals]
 
