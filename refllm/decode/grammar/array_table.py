@@ -38,7 +38,7 @@ MOST_COUNTS = 20_000  # combinations of counts of one array
 class ArrayState(NamedTuple):
     """What the rest of an array depends on."""
 
-    index: int = 0  # of the next item
+    index: int = 0  # type: ignore[assignment]  # of the next item, not the method of tuples
     counts: tuple[int, ...] = ()
     used: frozenset[Frozen] = frozenset()  # the items so far, if they must be distinct
 
@@ -140,7 +140,7 @@ class ArrayTable:
     ) -> tuple[tuple[Node, tuple[int, ...]], ...]:
         """Node and counts after the item, for each inhabited choice; index up to ``uniform``."""
         if (index, counts) not in self._choices:
-            options = [
+            options: list[list[tuple[Node, int]]] = [
                 _options(wanted, count) if index >= wanted.start else [(frozenset(), count)]
                 for wanted, count in zip(self.shape.counts, counts, strict=True)
             ]
