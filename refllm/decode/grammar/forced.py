@@ -17,6 +17,8 @@ does).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from refllm.decode.grammar.automaton import State, Thread, step
 
 MOST_FORCED = 4096  # a language without finite texts could go on for ever
@@ -46,30 +48,32 @@ def forced_byte(state: State) -> int | None:
     """The only byte that may follow; None if there is another, or if the text may end."""
     if state.finished:
         return None
-    found: set[int] = set()
+    tried: set[int] = set()
+    legal: int | None = None
     for thread in state.threads:
-        found |= _first_bytes(thread)
-        if len(found) > 1:
-            return None
-    return found.pop() if found else None
+        for byte in _first_bytes(thread):
+            if byte in tried:
+                continue
+            tried.add(byte)
+            # where the terminal ends with this byte, its frame may allow nothing after it
+            if step(state, byte) is not None:
+                if legal is not None:
+                    return None
+                legal = byte
+    return legal
 
 
-def _first_bytes(thread: Thread) -> set[int]:
-    """Bytes that the thread can read; of many at least two."""
+def _first_bytes(thread: Thread) -> Iterator[int]:
+    """The bytes after which the thread's terminal can be completed."""
     terminal = thread.terminal
-    alphabet = terminal.dfa.alphabet
     row = terminal.dfa.table[thread.state]
-    found: set[int] = set()
-    for byte, weight, target in zip(alphabet.representatives, alphabet.weights, row, strict=True):
-        count = thread.count
-        if terminal.counted:
-            assert terminal.increments is not None
-            count += int(terminal.increments[thread.state, byte])
-        if not target or not terminal.alive(target, count):
+    for low, high, cls in terminal.dfa.alphabet.intervals():
+        if not row[cls]:
             continue
-        found.add(byte)
-        if weight > 1:  # bytes of one class lead to the same state
-            found.add(-1)
-        if len(found) > 1:
-            break
-    return found
+        for byte in range(low, high + 1):
+            count = thread.count
+            if terminal.counted:
+                assert terminal.increments is not None
+                count += int(terminal.increments[thread.state, byte])
+            if terminal.alive(row[cls], count):
+                yield byte
