@@ -19,8 +19,8 @@ written in the rotated basis, and computes the same function:
 | ``lm_head``              | reads it              | W diag(g) R₁                   |
 | q and k after RoPE       |                       | q R₃, k R₃ at run time         |
 
-R₁ = diag(±1) H / √N with random signs (a randomised Hadamard matrix), R₂ = R₃ = H / √D and R₄ =
-H / √F are the plain ones. R₁ and R₂ cost nothing at run time. R₄ and R₃ are fast transforms
+R₁ = diag(±1) H / √N with random signs (a randomised Hadamard matrix), R₂ = R₃ = Hᵀ / √D and R₄ =
+Hᵀ / √F are the plain ones. R₁ and R₂ cost nothing at run time. R₄ and R₃ are fast transforms
 (``quant.hadamard``): nothing linear stands before ``down_proj`` (SwiGLU does), and RoPE stands
 between ``k_proj`` and the cache. Keys that are rotated differ from others in all products, which
 cancel: (q R₃)(k R₃)ᵀ = q kᵀ.
@@ -85,8 +85,8 @@ class Rotations:
 
 
 class RotatedLinear:
-    """A weight W R that reads x R: multiplies R x by the fast transform first. ``weight`` holds
-    W R; the object satisfies ``Linear`` and stands for W.
+    """Stands for a weight W[M, N] that is stored as W R, with R = Hᵀ / √N: ``matmul`` transforms
+    its inputs to x R and multiplies them by ``weight``, which holds W R: (x R)(W R)ᵀ = x Wᵀ.
     """
 
     def __init__(self, weight: Linear):
