@@ -8,6 +8,7 @@ grammar is left-recursive.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -157,6 +158,15 @@ def vocabularies(draw: st.DrawFn, *, single: bool = False) -> list[bytes | None]
     return draw(st.permutations(tokens))
 
 
+@contextmanager
+def too_ambiguous_rejects() -> Iterator[None]:
+    """Random grammars that become too ambiguous are no examples."""
+    try:
+        yield
+    except GrammarError:
+        reject()
+
+
 def read(state: State | None, text: bytes) -> State | None:
     """The state after ``text``, byte by byte."""
     for byte in text:
@@ -174,10 +184,8 @@ def reachable(start: State, tokens: Iterable[bytes | None], limit: int) -> list[
     seen = {start}
     for state in found:
         for token in tokens:
-            try:
+            with too_ambiguous_rejects():
                 after = read(state, token) if token else None
-            except GrammarError:
-                reject()
             if after is not None and after not in seen and len(found) < limit:
                 seen.add(after)
                 found.append(after)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grammar_machines import SYMBOLS, reachable, read, starts
+from grammar_machines import SYMBOLS, reachable, read, starts, too_ambiguous_rejects
 from refllm.decode.grammar.alphabet import BYTES
 from refllm.decode.grammar.automaton import Stack, State, Terminal, accepting, enter
 from refllm.decode.grammar.dfa_operations import from_words, literal, star, symbols
@@ -180,14 +180,15 @@ def test_a_step_leaves_the_old_state_as_it_was(start: State | None, text: bytes)
 def test_a_pickled_state_accepts_the_same_texts(start: State | None, text: bytes) -> None:
     if start is None:
         return
-    singles = [bytes([symbol]) for symbol in SYMBOLS]
-    states = reachable(start, singles, 3)
-    for state, copy in zip(states, pickle.loads(pickle.dumps(states)), strict=True):
-        for end in range(len(text) + 1):
-            mine = read(state, text[:end])
-            other = read(copy, text[:end])
-            assert (mine is None) == (other is None)
-            assert mine is None or (mine.finished, len(mine.threads)) == (
-                other.finished,
-                len(other.threads),
-            )
+    with too_ambiguous_rejects():
+        singles = [bytes([symbol]) for symbol in SYMBOLS]
+        states = reachable(start, singles, 3)
+        for state, copy in zip(states, pickle.loads(pickle.dumps(states)), strict=True):
+            for end in range(len(text) + 1):
+                mine = read(state, text[:end])
+                other = read(copy, text[:end])
+                assert (mine is None) == (other is None)
+                assert mine is None or (mine.finished, len(mine.threads)) == (
+                    other.finished,
+                    len(other.threads),
+                )
