@@ -60,3 +60,7 @@ def test_the_rules_differ_where_they_should():
 def test_the_third_rule_needs_the_choices_alone():
     with pytest.raises(AssertionError, match="without the text"):
         decide(["a"], "unconditional_likelihood_normalized", [[-1.0]])
+
+
+def test_a_choice_that_has_ended_counts_on_with_its_mean_not_its_last_token():
+    assert RULES["greedy_token_selection"]([[-1.0, -3.0, -2.5], [-1.0, -3.0]], None) == [2.0, 3.0]

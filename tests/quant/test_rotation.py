@@ -34,13 +34,14 @@ FAMILIES = {
     "qwen2": {"attention_bias": True},
     "qwen3": {"qk_norm": True},
     "tied": {"tie_word_embeddings": True},
+    "an asymmetric matrix per head": {"head_dim": 12, "attention_bias": True},
 }
 IDS = [[1, 5, 9, 2, 8, 3, 3], [4, 7, 7, 1, 6]]
 
 
 def network(seed: int = 0, **changes):
     """A random network in float64 whose gains and biases are far from 1 and 0."""
-    model = tiny_model(seed, hidden_size=24, intermediate_size=48, head_dim=8, **changes)
+    model = tiny_model(seed, hidden_size=24, intermediate_size=48, **{"head_dim": 8} | changes)
     rng = np.random.default_rng(seed + 1)
     for layer in model.weights["layers"]:
         for name, value in layer.items():
