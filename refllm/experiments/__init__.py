@@ -32,6 +32,16 @@ prefix_caching        hit rates and speedups of two prefix caches on six program
 serving_timeline      one run of the scheduler, step by step
 speculative_decoding  tokens per step and speedups
 
+Structured output and programs
+
+structured_output     real JSON Schemas on the pretrained model, with and without a grammar
+language_programs     three programs that share prefixes, and the naive way
+
+The pretrained model
+
+real_bench            what experiments on it share: text, reference, calibration
+real_activations      8- and 4-bit activations: scales, SmoothQuant, LLM.int8(), rotations
+
 Training
 
 training_curves       loss by tokens read, and by length of the context
