@@ -12,8 +12,8 @@ from itertools import product
 import numpy as np
 from hypothesis import strategies as st
 
-from refllm.decode.grammar.dfa import DFA
-from refllm.decode.grammar.dfa_builders import from_edges
+from refllm.decode.grammar.automata.dfa import DFA
+from refllm.decode.grammar.automata.dfa_builders import from_edges
 from strategies import seeds
 
 Word = tuple[int, ...]

@@ -15,10 +15,10 @@ import numpy as np
 from hypothesis import reject
 from hypothesis import strategies as st
 
-from refllm.decode.grammar.alphabet import BYTES
+from refllm.decode.grammar.automata.alphabet import BYTES
+from refllm.decode.grammar.automata.dfa import DFA
+from refllm.decode.grammar.automata.dfa_builders import from_edges, literal
 from refllm.decode.grammar.automaton import Stack, State, Terminal, enter, step
-from refllm.decode.grammar.dfa import DFA
-from refllm.decode.grammar.dfa_builders import from_edges, literal
 from refllm.decode.grammar.errors import GrammarError
 
 LETTERS = "ab,é"

@@ -11,10 +11,10 @@ from itertools import product
 from hypothesis import strategies as st
 
 from refllm.decode.grammar.automaton import Stack, State, Terminal, accepting, step
-from refllm.decode.grammar.context_free import ContextFree, Rest
 from refllm.decode.grammar.errors import GrammarError
-from refllm.decode.grammar.productions import Counted, Part
-from refllm.decode.grammar.rules import (
+from refllm.decode.grammar.rule_grammars.context_free import ContextFree, Rest
+from refllm.decode.grammar.rule_grammars.productions import Counted, Part
+from refllm.decode.grammar.rule_grammars.rules import (
     EMPTY,
     Alternatives,
     Characters,

@@ -115,7 +115,7 @@ def split_choices(texts: list[str]) -> list[str]:
 
 def _read_ebnf(file: Path) -> str:
     """A grammar's text, from a file or by the name of one that comes with the package."""
-    from refllm.decode.grammar.shipped import names, shipped
+    from refllm.decode.grammar.rule_grammars.shipped import names, shipped
 
     if not file.exists() and str(file) in names():
         return shipped(str(file))

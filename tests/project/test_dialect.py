@@ -147,7 +147,7 @@ def allowed(module: str, function: str) -> str | None:
     """The entry of HOST that allows NumPy there, if one does."""
     for entry in HOST:
         name, _, qualified = entry.partition(":")
-        if name in (module, module.rpartition(".")[0]) and (
+        if f"{module}.".startswith(f"{name}.") and (
             not qualified or function == qualified or function.startswith(qualified + ".")
         ):
             return entry

@@ -6,8 +6,9 @@ import inspect
 import re
 
 from conftest import ROOT
-from refllm.decode.grammar import compile, schema_dialects
-from refllm.decode.grammar.shipped import names
+from refllm.decode.grammar import compile
+from refllm.decode.grammar.json_schema import schema_dialects
+from refllm.decode.grammar.rule_grammars.shipped import names
 
 PAGE = (ROOT / "docs" / "structured_output.md").read_text(encoding="utf-8")
 NAMED = set(re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL)))

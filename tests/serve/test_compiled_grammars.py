@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from command_line import run
 from refllm.api import Model, load
 from refllm.decode.grammar import Grammar, compile
-from refllm.decode.grammar.shipped import shipped
+from refllm.decode.grammar.rule_grammars.shipped import shipped
 from refllm.decode.speculative.model_drafter import ModelDrafter
 from refllm.decode.speculative.ngram_drafter import NGramDrafter
 from refllm.decode.speculative.tree_drafter import TreeDrafter

@@ -42,8 +42,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from refllm.array_types import Array
-from refllm.decode.grammar.counts import UNBOUNDED, RemainingCounts, remaining_counts
-from refllm.decode.grammar.dfa import DFA
+from refllm.decode.grammar.automata.counts import UNBOUNDED, RemainingCounts, remaining_counts
+from refllm.decode.grammar.automata.dfa import DFA
 from refllm.decode.grammar.errors import GrammarError
 from refllm.decode.grammar.stacks import Entry, Frame, Joinable, Stack, join, parts
 
@@ -209,7 +209,7 @@ def enter(entries: Iterable[Entry]) -> State | None:
 def step(state: State, byte: int) -> State | None:
     """The state after one more byte; None if no legal text continues so.
 
-    >>> from refllm.decode.grammar.dfa_builders import literal
+    >>> from refllm.decode.grammar.automata.dfa_builders import literal
     >>> state = enter([(Terminal(literal(b"ab", size=256)), None)])
     >>> accepting(step(step(state, 97), 98)), step(state, 98)
     (True, None)

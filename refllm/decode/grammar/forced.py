@@ -28,7 +28,7 @@ def forced_bytes(state: State, most: int = MOST_FORCED) -> bytes:
     """The bytes that follow in every text; empty where there is a choice or the text may end.
 
     >>> from refllm.decode.grammar.automaton import Terminal, enter
-    >>> from refllm.decode.grammar.dfa_operations import from_words
+    >>> from refllm.decode.grammar.automata.dfa_operations import from_words
     >>> start = enter([(Terminal(from_words({b"abc": 1, b"abd": 1}, size=256)), None)])
     >>> forced_bytes(start)
     b'ab'

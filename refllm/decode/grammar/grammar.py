@@ -31,20 +31,20 @@ from typing import Any
 import numpy as np
 
 from refllm.checkpoints.tokenizer import Tokenizer
+from refllm.decode.grammar.automata.dfa import DFA
+from refllm.decode.grammar.automata.dfa_operations import from_words
+from refllm.decode.grammar.automata.utf8 import to_bytes
 from refllm.decode.grammar.automaton import Automaton, State, Terminal, enter, step
-from refllm.decode.grammar.context_free import ContextFree
-from refllm.decode.grammar.dfa import DFA
-from refllm.decode.grammar.dfa_operations import from_words
-from refllm.decode.grammar.ebnf import parse
 from refllm.decode.grammar.errors import GrammarError
 from refllm.decode.grammar.forced import forced_bytes
-from refllm.decode.grammar.json_text import Whitespace
+from refllm.decode.grammar.json_machine.json_text import Whitespace
+from refllm.decode.grammar.json_machine.object_keys import Order
 from refllm.decode.grammar.masks import TokenMasks
-from refllm.decode.grammar.object_keys import Order
-from refllm.decode.grammar.regex import from_pattern
+from refllm.decode.grammar.patterns.regex import from_pattern
+from refllm.decode.grammar.rule_grammars.context_free import ContextFree
+from refllm.decode.grammar.rule_grammars.ebnf import parse
 from refllm.decode.grammar.schema import compile_schema
 from refllm.decode.grammar.token_trie import TokenTrie, trie_of
-from refllm.decode.grammar.utf8 import to_bytes
 from refllm.decode.grammar.vocabulary import drops_first_space, end_tokens_of
 from refllm.errors import InputError
 

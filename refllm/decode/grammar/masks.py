@@ -48,7 +48,7 @@ def naive_mask(
     """bool[V]: the definition, token by token.
 
     >>> from refllm.decode.grammar.automaton import Terminal, enter
-    >>> from refllm.decode.grammar.dfa_builders import literal
+    >>> from refllm.decode.grammar.automata.dfa_builders import literal
     >>> start = enter([(Terminal(literal(b"ab", size=256)), None)])
     >>> naive_mask(start, [b"a", b"ab", b"b", b"abc", b"", None], [5]).tolist()
     [True, True, False, False, False, False]

@@ -27,16 +27,16 @@ from collections.abc import Iterator, Mapping
 
 from refllm.decode.grammar.automaton import Automaton, State
 from refllm.decode.grammar.errors import GrammarError
-from refllm.decode.grammar.formats import format_rule
-from refllm.decode.grammar.json_frames import JsonFrames
-from refllm.decode.grammar.json_text import Whitespace
-from refllm.decode.grammar.object_keys import Order
-from refllm.decode.grammar.schema_algebra import SchemaAlgebra
-from refllm.decode.grammar.schema_dialects import ANNOTATIONS, DIALECTS
-from refllm.decode.grammar.schema_documents import SchemaDocument, SchemaLocation
-from refllm.decode.grammar.schema_errors import located
-from refllm.decode.grammar.schema_keywords import IN_PLACE, schemas_in
-from refllm.decode.grammar.shapes import Location, Node
+from refllm.decode.grammar.json_machine.json_frames import JsonFrames
+from refllm.decode.grammar.json_machine.json_text import Whitespace
+from refllm.decode.grammar.json_machine.object_keys import Order
+from refllm.decode.grammar.json_scalars.formats import format_rule
+from refllm.decode.grammar.json_schema.schema_algebra import SchemaAlgebra
+from refllm.decode.grammar.json_schema.schema_dialects import ANNOTATIONS, DIALECTS
+from refllm.decode.grammar.json_schema.schema_documents import SchemaDocument, SchemaLocation
+from refllm.decode.grammar.json_schema.schema_errors import located
+from refllm.decode.grammar.json_schema.schema_keywords import IN_PLACE, schemas_in
+from refllm.decode.grammar.json_schema.shapes import Location, Node
 
 SECONDS = 10.0
 MOST_NODES = 20_000

@@ -31,7 +31,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from refllm.checkpoints.tokenizer import Tokenizer
-from refllm.decode.grammar.alphabet import BYTES, Alphabet
+from refllm.decode.grammar.automata.alphabet import BYTES, Alphabet
 from refllm.decode.grammar.vocabulary import token_bytes
 
 ROOT = 0

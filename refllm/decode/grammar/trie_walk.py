@@ -32,8 +32,8 @@ from itertools import pairwise
 
 import numpy as np
 
+from refllm.decode.grammar.automata.counts import NEVER, UNBOUNDED, RemainingCounts
 from refllm.decode.grammar.automaton import Terminal
-from refllm.decode.grammar.counts import NEVER, UNBOUNDED, RemainingCounts
 from refllm.decode.grammar.token_trie import TokenTrie
 
 _NONE = np.zeros(0, dtype=np.int32)

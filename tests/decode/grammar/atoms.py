@@ -6,13 +6,13 @@ import re
 
 from naive_schemas import VALUES, evaluate, fits, frozen, is_number, types_of
 
-from refllm.decode.grammar.array_rules import NEVER, Item, Items, Matches, Unique
-from refllm.decode.grammar.formulas import And, Count, Or
-from refllm.decode.grammar.number_rules import Integer, Multiple, Range, Values
-from refllm.decode.grammar.object_rules import Member, Members, Required
-from refllm.decode.grammar.schema_algebra import SchemaAlgebra
-from refllm.decode.grammar.schema_documents import SchemaDocument
-from refllm.decode.grammar.string_rules import Pattern, Words
+from refllm.decode.grammar.json_schema.array_rules import NEVER, Item, Items, Matches, Unique
+from refllm.decode.grammar.json_schema.formulas import And, Count, Or
+from refllm.decode.grammar.json_schema.number_rules import Integer, Multiple, Range, Values
+from refllm.decode.grammar.json_schema.object_rules import Member, Members, Required
+from refllm.decode.grammar.json_schema.schema_algebra import SchemaAlgebra
+from refllm.decode.grammar.json_schema.schema_documents import SchemaDocument
+from refllm.decode.grammar.json_schema.string_rules import Pattern, Words
 
 OF_KIND = {
     "string": [each for each in VALUES if isinstance(each, str)],

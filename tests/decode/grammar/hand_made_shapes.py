@@ -8,13 +8,13 @@ from itertools import permutations, product
 
 import numpy as np
 
-from refllm.decode.grammar.alphabet import BYTES, CHARACTERS
+from refllm.decode.grammar.automata.alphabet import BYTES, CHARACTERS
+from refllm.decode.grammar.automata.dfa import DFA
+from refllm.decode.grammar.automata.dfa_builders import from_words
 from refllm.decode.grammar.automaton import State, accepting, step
-from refllm.decode.grammar.dfa import DFA
-from refllm.decode.grammar.dfa_builders import from_words
-from refllm.decode.grammar.json_frames import JsonFrames
-from refllm.decode.grammar.json_values import Truth, freeze
-from refllm.decode.grammar.shapes import (
+from refllm.decode.grammar.json_machine.json_frames import JsonFrames
+from refllm.decode.grammar.json_scalars.json_values import Truth, freeze
+from refllm.decode.grammar.json_schema.shapes import (
     ArrayShape,
     Node,
     NumberShape,

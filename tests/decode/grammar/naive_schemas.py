@@ -12,7 +12,7 @@ from collections.abc import Hashable, Iterator
 
 from hypothesis import strategies as st
 
-from refllm.decode.grammar.shapes import ArrayShape, Node, ObjectShape, StringShape
+from refllm.decode.grammar.json_schema.shapes import ArrayShape, Node, ObjectShape, StringShape
 
 # --- schemas ------------------------------------------------------------------------------
 

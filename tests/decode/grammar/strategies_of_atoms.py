@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from refllm.decode.grammar.array_rules import ALWAYS, NEVER, Item, Items, Matches, Unique
-from refllm.decode.grammar.formulas import Count
-from refllm.decode.grammar.key_sets import KeySet
-from refllm.decode.grammar.number_rules import Integer, Multiple, Range, Values
-from refllm.decode.grammar.object_rules import Member, Members, Required
-from refllm.decode.grammar.string_rules import Pattern, Words
+from refllm.decode.grammar.json_schema.array_rules import (
+    ALWAYS,
+    NEVER,
+    Item,
+    Items,
+    Matches,
+    Unique,
+)
+from refllm.decode.grammar.json_schema.formulas import Count
+from refllm.decode.grammar.json_schema.key_sets import KeySet
+from refllm.decode.grammar.json_schema.number_rules import Integer, Multiple, Range, Values
+from refllm.decode.grammar.json_schema.object_rules import Member, Members, Required
+from refllm.decode.grammar.json_schema.string_rules import Pattern, Words
 
 small = st.integers(0, 3)
 limits = st.none() | small

@@ -21,12 +21,12 @@ from hand_made_shapes import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refllm.decode.grammar import json_numbers
-from refllm.decode.grammar.alphabet import CHARACTERS
-from refllm.decode.grammar.dfa_builders import anything
+from refllm.decode.grammar.automata.alphabet import CHARACTERS
+from refllm.decode.grammar.automata.dfa_builders import anything
 from refllm.decode.grammar.errors import GrammarError
-from refllm.decode.grammar.json_frames import JsonFrames
-from refllm.decode.grammar.shapes import (
+from refllm.decode.grammar.json_machine.json_frames import JsonFrames
+from refllm.decode.grammar.json_scalars import json_numbers
+from refllm.decode.grammar.json_schema.shapes import (
     ArrayShape,
     ItemCount,
     KeyClass,

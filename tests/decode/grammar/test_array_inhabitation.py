@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refllm.decode.grammar.array_inhabitation import MOST_STEPS, inhabited
 from refllm.decode.grammar.errors import GrammarError
-from refllm.decode.grammar.shapes import ArrayShape, ItemCount
+from refllm.decode.grammar.json_schema.array_inhabitation import MOST_STEPS, inhabited
+from refllm.decode.grammar.json_schema.shapes import ArrayShape, ItemCount
 
 MANY = 9  # the value that stands for infinitely many others
 LONGEST = 4

@@ -9,8 +9,8 @@ from hand_made_shapes import HandMade, few, not_few
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refllm.decode.grammar.array_table import ArrayState, ArrayTable
-from refllm.decode.grammar.shapes import ArrayShape, ItemCount
+from refllm.decode.grammar.json_machine.array_table import ArrayState, ArrayTable
+from refllm.decode.grammar.json_schema.shapes import ArrayShape, ItemCount
 
 VALUES = [None, True, False]
 ALL = few(*VALUES)

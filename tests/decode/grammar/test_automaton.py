@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grammar_machines import SYMBOLS, reachable, read, starts, too_ambiguous_rejects
-from refllm.decode.grammar.alphabet import BYTES
+from refllm.decode.grammar.automata.alphabet import BYTES
+from refllm.decode.grammar.automata.dfa_operations import from_words, literal, star, symbols
 from refllm.decode.grammar.automaton import Stack, State, Terminal, accepting, enter
-from refllm.decode.grammar.dfa_operations import from_words, literal, star, symbols
 from refllm.decode.grammar.errors import GrammarError
 
 OPEN = Terminal(from_words({b"(": 1, b"x": 2}, size=BYTES))

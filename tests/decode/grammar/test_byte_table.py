@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refllm.decode.grammar.alphabet import BYTES
-from refllm.decode.grammar.byte_table import ByteTable, byte_edges
-from refllm.decode.grammar.dfa_builders import from_words
+from refllm.decode.grammar.automata.alphabet import BYTES
+from refllm.decode.grammar.automata.byte_table import ByteTable, byte_edges
+from refllm.decode.grammar.automata.dfa_builders import from_words
 
 short_words = st.binary(max_size=4).map(lambda word: bytes(97 + byte % 3 for byte in word))
 languages = st.dictionaries(short_words, st.sampled_from([1, 2, 4]), max_size=6)

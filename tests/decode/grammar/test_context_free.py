@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 
 from random_rules import LETTERS, accepts, compiled, rule_sets, state_after, texts
-from refllm.decode.grammar import regular_parts
 from refllm.decode.grammar.automaton import accepting, step
-from refllm.decode.grammar.context_free import ContextFree
-from refllm.decode.grammar.earley import recognizes
-from refllm.decode.grammar.ebnf import parse
 from refllm.decode.grammar.errors import GrammarError
+from refllm.decode.grammar.rule_grammars import regular_parts
+from refllm.decode.grammar.rule_grammars.context_free import ContextFree
+from refllm.decode.grammar.rule_grammars.earley import recognizes
+from refllm.decode.grammar.rule_grammars.ebnf import parse
 
 SHORT = texts(LETTERS, 5)
 

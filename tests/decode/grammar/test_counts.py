@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grammar_machines import dfas
-from refllm.decode.grammar.alphabet import BYTES
+from refllm.decode.grammar.automata.alphabet import BYTES
+from refllm.decode.grammar.automata.dfa import DFA
+from refllm.decode.grammar.automata.dfa_operations import literal, star
 from refllm.decode.grammar.automaton import Terminal
-from refllm.decode.grammar.dfa import DFA
-from refllm.decode.grammar.dfa_operations import literal, star
 
 
 def numbers_by_enumeration(

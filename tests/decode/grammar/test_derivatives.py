@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from automata import LETTERS, all_texts, patterns
-from refllm.decode.grammar.derivatives import matches
+from refllm.decode.grammar.patterns.derivatives import matches
 
 
 @pytest.mark.theorem(

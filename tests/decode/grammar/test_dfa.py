@@ -8,9 +8,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from automata import SYMBOLS, all_words, dfas, labelled_dfas, language
-from refllm.decode.grammar.alphabet import BYTES, CHARACTERS, alphabet_of, common_alphabet
-from refllm.decode.grammar.dfa import DFA
-from refllm.decode.grammar.dfa_builders import (
+from refllm.decode.grammar.automata.alphabet import BYTES, CHARACTERS, alphabet_of, common_alphabet
+from refllm.decode.grammar.automata.dfa import DFA
+from refllm.decode.grammar.automata.dfa_builders import (
     anything,
     from_edges,
     from_words,

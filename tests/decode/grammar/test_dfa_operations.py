@@ -7,10 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from automata import SYMBOLS, all_words, dfas, labelled_dfas, language
-from refllm.decode.grammar.alphabet import CHARACTERS
-from refllm.decode.grammar.dfa import DFA
-from refllm.decode.grammar.dfa_minimization import equivalent_states, minimize, same_language
-from refllm.decode.grammar.dfa_operations import (
+from refllm.decode.grammar.automata.alphabet import CHARACTERS
+from refllm.decode.grammar.automata.dfa import DFA
+from refllm.decode.grammar.automata.dfa_minimization import (
+    equivalent_states,
+    minimize,
+    same_language,
+)
+from refllm.decode.grammar.automata.dfa_operations import (
     anything,
     complement,
     concatenate,

@@ -9,12 +9,12 @@ from hand_made_shapes import HandMade, few, named, texts_of, words
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refllm.decode.grammar import distinct
-from refllm.decode.grammar.alphabet import CHARACTERS
-from refllm.decode.grammar.dfa_builders import anything
-from refllm.decode.grammar.json_frames import JsonFrames
-from refllm.decode.grammar.json_values import Truth, freeze
-from refllm.decode.grammar.shapes import (
+from refllm.decode.grammar.automata.alphabet import CHARACTERS
+from refllm.decode.grammar.automata.dfa_builders import anything
+from refllm.decode.grammar.json_machine import distinct
+from refllm.decode.grammar.json_machine.json_frames import JsonFrames
+from refllm.decode.grammar.json_scalars.json_values import Truth, freeze
+from refllm.decode.grammar.json_schema.shapes import (
     ArrayShape,
     ItemCount,
     KeyClass,

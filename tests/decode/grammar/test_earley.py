@@ -9,9 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from random_rules import texts
-from refllm.decode.grammar.earley import recognizes
-from refllm.decode.grammar.ebnf import parse
-from refllm.decode.grammar.rules import Characters, Literal, Pattern, Position, Rule, RuleSet
+from refllm.decode.grammar.rule_grammars.earley import recognizes
+from refllm.decode.grammar.rule_grammars.ebnf import parse
+from refllm.decode.grammar.rule_grammars.rules import (
+    Characters,
+    Literal,
+    Pattern,
+    Position,
+    Rule,
+    RuleSet,
+)
 
 
 def equal(text):

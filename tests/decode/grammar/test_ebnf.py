@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from refllm.decode.grammar.ebnf import MAX_CHARACTERS, parse, syntax_of
 from refllm.decode.grammar.errors import GrammarError
+from refllm.decode.grammar.rule_grammars.ebnf import MAX_CHARACTERS, parse, syntax_of
 
 
 @pytest.mark.parametrize(

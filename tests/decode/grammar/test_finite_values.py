@@ -8,11 +8,11 @@ from naive_schemas import fits, frozen, schemas
 from universes import UNIVERSE
 from universes import VALUES as ALL_VALUES
 
-from refllm.decode.grammar import finite_values
 from refllm.decode.grammar.errors import GrammarError
-from refllm.decode.grammar.finite_values import FiniteValues
-from refllm.decode.grammar.schema_algebra import SchemaAlgebra
-from refllm.decode.grammar.schema_documents import SchemaDocument
+from refllm.decode.grammar.json_schema import finite_values
+from refllm.decode.grammar.json_schema.finite_values import FiniteValues
+from refllm.decode.grammar.json_schema.schema_algebra import SchemaAlgebra
+from refllm.decode.grammar.json_schema.schema_documents import SchemaDocument
 
 
 def values_of(schema: object, limit: int = 1000):

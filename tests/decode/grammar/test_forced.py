@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 
 from grammar_machines import reachable, starts, too_ambiguous_rejects
-from refllm.decode.grammar.alphabet import BYTES
+from refllm.decode.grammar.automata.alphabet import BYTES
+from refllm.decode.grammar.automata.dfa_operations import star, symbols
 from refllm.decode.grammar.automaton import State, Terminal, enter, step
-from refllm.decode.grammar.dfa_operations import star, symbols
 from refllm.decode.grammar.forced import forced_byte, forced_bytes
 
 

@@ -7,9 +7,9 @@ import random
 import pytest
 
 from conftest import oracle
-from refllm.decode.grammar.dfa import DFA
+from refllm.decode.grammar.automata.dfa import DFA
 from refllm.decode.grammar.errors import GrammarError
-from refllm.decode.grammar.formats import FORMATS, Languages, format_rule
+from refllm.decode.grammar.json_scalars.formats import FORMATS, Languages, format_rule
 
 IN_PART = ("regex", "idn-hostname")  # formats without an opposite
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refllm.decode.grammar.formulas import (
+from refllm.decode.grammar.json_schema.formulas import (
     FALSE,
     TRUE,
     And,

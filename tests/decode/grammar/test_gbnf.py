@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from random_rules import texts
-from refllm.decode.grammar.earley import recognizes
 from refllm.decode.grammar.errors import GrammarError
-from refllm.decode.grammar.gbnf import parse_gbnf
-from refllm.decode.grammar.rules import (
+from refllm.decode.grammar.rule_grammars.earley import recognizes
+from refllm.decode.grammar.rule_grammars.gbnf import parse_gbnf
+from refllm.decode.grammar.rule_grammars.rules import (
     MAX_DEPTH,
     Alternatives,
     Characters,

@@ -10,9 +10,9 @@ import pytest
 from conftest import oracle
 from random_rules import accepts, texts
 from refllm.checkpoints.sources import locate
-from refllm.decode.grammar.context_free import ContextFree
-from refllm.decode.grammar.ebnf import parse
 from refllm.decode.grammar.errors import GrammarError
+from refllm.decode.grammar.rule_grammars.context_free import ContextFree
+from refllm.decode.grammar.rule_grammars.ebnf import parse
 
 pytestmark = [
     pytest.mark.llamacpp,

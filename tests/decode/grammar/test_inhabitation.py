@@ -9,8 +9,8 @@ from universes import UNIVERSE
 from universes import VALUES as ALL_VALUES
 
 from refllm.decode.grammar.errors import GrammarError
-from refllm.decode.grammar.schema_algebra import SchemaAlgebra
-from refllm.decode.grammar.schema_documents import SchemaDocument
+from refllm.decode.grammar.json_schema.schema_algebra import SchemaAlgebra
+from refllm.decode.grammar.json_schema.schema_documents import SchemaDocument
 
 
 def inhabited(schema: object) -> bool:

@@ -9,12 +9,12 @@ from hand_made_shapes import HandMade, accepted, compact, few, named, read
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refllm.decode.grammar.alphabet import CHARACTERS
+from refllm.decode.grammar.automata.alphabet import CHARACTERS
+from refllm.decode.grammar.automata.dfa_builders import anything
+from refllm.decode.grammar.automata.utf8 import to_bytes
 from refllm.decode.grammar.automaton import accepting, step
-from refllm.decode.grammar.dfa_builders import anything
-from refllm.decode.grammar.json_frames import JsonFrames
-from refllm.decode.grammar.regex import from_pattern
-from refllm.decode.grammar.shapes import (
+from refllm.decode.grammar.json_machine.json_frames import JsonFrames
+from refllm.decode.grammar.json_schema.shapes import (
     ArrayShape,
     KeyClass,
     NumberShape,
@@ -22,7 +22,7 @@ from refllm.decode.grammar.shapes import (
     StringShape,
     ValueShapes,
 )
-from refllm.decode.grammar.utf8 import to_bytes
+from refllm.decode.grammar.patterns.regex import from_pattern
 
 VALUE = named("value")
 number = to_bytes(from_pattern(r"^-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?$", search=True))

@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from refllm.decode.grammar.errors import GrammarError
-from refllm.decode.grammar.json_numbers import (
+from refllm.decode.grammar.json_scalars.json_numbers import (
     integer,
     interval,
     multiple_of,

@@ -9,10 +9,11 @@ from hand_made_shapes import HandMade, accepted, named, read
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refllm.decode.grammar.alphabet import CHARACTERS
-from refllm.decode.grammar.dfa_builders import anything
-from refllm.decode.grammar.json_frames import JsonFrames
-from refllm.decode.grammar.json_text import (
+from refllm.decode.grammar.automata.alphabet import CHARACTERS
+from refllm.decode.grammar.automata.dfa_builders import anything
+from refllm.decode.grammar.automata.utf8 import json_string
+from refllm.decode.grammar.json_machine.json_frames import JsonFrames
+from refllm.decode.grammar.json_machine.json_text import (
     CLOSE,
     ITEM,
     MOST_SPACES,
@@ -22,8 +23,7 @@ from refllm.decode.grammar.json_text import (
     key_bytes,
     key_dfa,
 )
-from refllm.decode.grammar.shapes import ArrayShape, KeyClass, ObjectShape, ValueShapes
-from refllm.decode.grammar.utf8 import json_string
+from refllm.decode.grammar.json_schema.shapes import ArrayShape, KeyClass, ObjectShape, ValueShapes
 
 VALUE = named("value")
 KEYS = ["a", "b", 'q"é']

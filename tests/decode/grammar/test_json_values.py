@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refllm.decode.grammar.json_values import freeze, read_value
+from refllm.decode.grammar.json_scalars.json_values import freeze, read_value
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-2, 2) | st.sampled_from([0.0, 1.0, 0.5, "", "1"]),

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refllm.decode.grammar.key_sets import ALL_KEYS, KeySet, named, union
+from refllm.decode.grammar.json_schema.key_sets import ALL_KEYS, KeySet, named, union
 
 KEYS = ["", "a", "b", "ab", "ba", "aab", "c"]
 names = st.frozensets(st.sampled_from(KEYS), max_size=3)

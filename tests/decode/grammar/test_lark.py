@@ -8,12 +8,12 @@ import pytest
 
 from conftest import oracle
 from random_rules import accepts, texts
-from refllm.decode.grammar.context_free import ContextFree
-from refllm.decode.grammar.earley import recognizes
 from refllm.decode.grammar.errors import GrammarError
-from refllm.decode.grammar.lark import parse_lark
-from refllm.decode.grammar.lark_terminals import COMMON
-from refllm.decode.grammar.rules import (
+from refllm.decode.grammar.rule_grammars.context_free import ContextFree
+from refllm.decode.grammar.rule_grammars.earley import recognizes
+from refllm.decode.grammar.rule_grammars.lark import parse_lark
+from refllm.decode.grammar.rule_grammars.lark_terminals import COMMON
+from refllm.decode.grammar.rule_grammars.rules import (
     Alternatives,
     Characters,
     Concatenation,

@@ -21,14 +21,14 @@ from grammar_machines import (
     vocabularies,
 )
 from refllm.checkpoints.tokenizer import Tokenizer
-from refllm.decode.grammar.alphabet import BYTES
+from refllm.decode.grammar.automata.alphabet import BYTES
+from refllm.decode.grammar.automata.dfa import DFA
+from refllm.decode.grammar.automata.dfa_operations import anything, literal
+from refllm.decode.grammar.automata.utf8 import json_string_counted
 from refllm.decode.grammar.automaton import State, Terminal, enter
 from refllm.decode.grammar.bounded_cache import BoundedCache
-from refllm.decode.grammar.dfa import DFA
-from refllm.decode.grammar.dfa_operations import anything, literal
 from refllm.decode.grammar.masks import TokenMasks, naive_mask
 from refllm.decode.grammar.token_trie import ROOT, TokenTrie, trie_of
-from refllm.decode.grammar.utf8 import json_string_counted
 
 SINGLES = [bytes([symbol]) for symbol in SYMBOLS]
 

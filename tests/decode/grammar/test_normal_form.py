@@ -6,9 +6,9 @@ from hypothesis import given
 
 from random_rules import compiled, rule_sets
 from refllm.decode.grammar.automaton import Terminal
-from refllm.decode.grammar.context_free import ContextFree
-from refllm.decode.grammar.ebnf import parse
-from refllm.decode.grammar.productions import Counted, counted_production
+from refllm.decode.grammar.rule_grammars.context_free import ContextFree
+from refllm.decode.grammar.rule_grammars.ebnf import parse
+from refllm.decode.grammar.rule_grammars.productions import Counted, counted_production
 
 
 @given(rule_sets())

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refllm.decode.grammar import json_numbers
-from refllm.decode.grammar.number_texts import (
+from refllm.decode.grammar.json_scalars import json_numbers
+from refllm.decode.grammar.json_scalars.number_texts import (
     TEXTS_PER_NUMBER,
     canonical,
     short_texts,

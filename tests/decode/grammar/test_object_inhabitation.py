@@ -8,13 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refllm.decode.grammar.alphabet import CHARACTERS
-from refllm.decode.grammar.dfa_builders import anything, from_words
-from refllm.decode.grammar.dfa_operations import complement
+from refllm.decode.grammar.automata.alphabet import CHARACTERS
+from refllm.decode.grammar.automata.dfa_builders import anything, from_words
+from refllm.decode.grammar.automata.dfa_operations import complement
 from refllm.decode.grammar.errors import GrammarError
-from refllm.decode.grammar.object_inhabitation import MOST_WITNESSES, completable, inhabited
-from refllm.decode.grammar.regex import from_pattern
-from refllm.decode.grammar.shapes import KeyClass, ObjectShape, Witness
+from refllm.decode.grammar.json_schema.object_inhabitation import (
+    MOST_WITNESSES,
+    completable,
+    inhabited,
+)
+from refllm.decode.grammar.json_schema.shapes import KeyClass, ObjectShape, Witness
+from refllm.decode.grammar.patterns.regex import from_pattern
 
 KEYS = ["a", "b", "x", "y"]  # the last two are in a class
 

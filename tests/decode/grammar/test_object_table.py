@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from hand_made_shapes import HandMade, few, words
 
-from refllm.decode.grammar.alphabet import CHARACTERS
-from refllm.decode.grammar.dfa_builders import anything
-from refllm.decode.grammar.object_table import ObjectTable
-from refllm.decode.grammar.shapes import KeyClass, ObjectShape, Witness
+from refllm.decode.grammar.automata.alphabet import CHARACTERS
+from refllm.decode.grammar.automata.dfa_builders import anything
+from refllm.decode.grammar.json_machine.object_table import ObjectTable
+from refllm.decode.grammar.json_schema.shapes import KeyClass, ObjectShape, Witness
 
 ANY_KEY = anything(CHARACTERS)
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refllm.decode.grammar.regex import from_pattern
+from refllm.decode.grammar.patterns.regex import from_pattern
 
 REAL = [
     r"^[A-Fa-f\d]{24}$", r"^[a-z_]+$", ".*", "^.+$", r"^x-", r"_suffix$", r"\d\d", "",

@@ -11,12 +11,12 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from automata import LETTERS, all_texts, patterns
-from refllm.decode.grammar.derivatives import matches
-from refllm.decode.grammar.dfa import DFA
-from refllm.decode.grammar.dfa_minimization import minimize, same_language
-from refllm.decode.grammar.dfa_operations import MAX_STATES, complement, with_length
+from refllm.decode.grammar.automata.dfa import DFA
+from refllm.decode.grammar.automata.dfa_minimization import minimize, same_language
+from refllm.decode.grammar.automata.dfa_operations import MAX_STATES, complement, with_length
 from refllm.decode.grammar.errors import GrammarError
-from refllm.decode.grammar.regex import COUNTED, from_pattern, from_pattern_with_length
+from refllm.decode.grammar.patterns.derivatives import matches
+from refllm.decode.grammar.patterns.regex import COUNTED, from_pattern, from_pattern_with_length
 
 TEXTS = all_texts(LETTERS, 4)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from random_rules import accepts
-from refllm.decode.grammar import regular_parts
 from refllm.decode.grammar.automaton import Terminal
-from refllm.decode.grammar.context_free import ContextFree
-from refllm.decode.grammar.ebnf import parse
 from refllm.decode.grammar.errors import GrammarError
-from refllm.decode.grammar.shipped import shipped
+from refllm.decode.grammar.rule_grammars import regular_parts
+from refllm.decode.grammar.rule_grammars.context_free import ContextFree
+from refllm.decode.grammar.rule_grammars.ebnf import parse
+from refllm.decode.grammar.rule_grammars.shipped import shipped
 
 
 def terminals(automaton):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refllm.decode.grammar.ebnf import parse
-from refllm.decode.grammar.rule_checks import components, reachable
+from refllm.decode.grammar.rule_grammars.ebnf import parse
+from refllm.decode.grammar.rule_grammars.rule_checks import components, reachable
 
 graphs = st.integers(1, 7).flatmap(
     lambda n: st.lists(st.lists(st.integers(0, n - 1), max_size=3), min_size=n, max_size=n)

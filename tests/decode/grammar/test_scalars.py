@@ -8,14 +8,14 @@ from hand_made_shapes import HandMade, few, words
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refllm.decode.grammar import json_numbers
-from refllm.decode.grammar.alphabet import BYTES, CHARACTERS
+from refllm.decode.grammar.automata.alphabet import BYTES, CHARACTERS
+from refllm.decode.grammar.automata.dfa_builders import anything, from_words
+from refllm.decode.grammar.automata.dfa_operations import difference, intersect, union
 from refllm.decode.grammar.automaton import accepting, enter, step
-from refllm.decode.grammar.dfa_builders import anything, from_words
-from refllm.decode.grammar.dfa_operations import difference, intersect, union
-from refllm.decode.grammar.json_values import freeze
-from refllm.decode.grammar.scalars import Scalars
-from refllm.decode.grammar.shapes import NumberShape, StringShape, ValueShapes
+from refllm.decode.grammar.json_machine.scalars import Scalars
+from refllm.decode.grammar.json_scalars import json_numbers
+from refllm.decode.grammar.json_scalars.json_values import freeze
+from refllm.decode.grammar.json_schema.shapes import NumberShape, StringShape, ValueShapes
 
 ALL = [None, True, False, "", "a", "ab", "é", 0, 1, 1.5, -2]
 some_values = st.lists(st.sampled_from(ALL), unique_by=json.dumps)

@@ -10,8 +10,8 @@ from schema_strategies import OLD, documents, old_documents, values
 
 from refllm.decode.grammar.automaton import accepting, step
 from refllm.decode.grammar.errors import GrammarError
+from refllm.decode.grammar.json_schema.validation import fits
 from refllm.decode.grammar.schema import compile_schema
-from refllm.decode.grammar.validation import fits
 
 SPELLINGS = ({}, {"separators": (",", ":")}, {"indent": 1}, {"indent": "\t"})
 

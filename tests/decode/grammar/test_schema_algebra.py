@@ -7,8 +7,8 @@ from hypothesis import given, reject
 from naive_schemas import VALUES, fits, node_accepts, schemas
 
 from refllm.decode.grammar.errors import GrammarError
-from refllm.decode.grammar.schema_algebra import SchemaAlgebra
-from refllm.decode.grammar.schema_documents import SchemaDocument
+from refllm.decode.grammar.json_schema.schema_algebra import SchemaAlgebra
+from refllm.decode.grammar.json_schema.schema_documents import SchemaDocument
 
 
 def accepted(schema: object, values=VALUES) -> list:

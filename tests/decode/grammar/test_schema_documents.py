@@ -5,7 +5,7 @@ import json
 import pytest
 
 from refllm.decode.grammar.errors import GrammarError
-from refllm.decode.grammar.schema_documents import (
+from refllm.decode.grammar.json_schema.schema_documents import (
     FALSE,
     MAX_DEPTH,
     TRUE,

@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies_of_atoms import of_kind
 
-from refllm.decode.grammar.array_rules import Items, Matches, Unique
-from refllm.decode.grammar.formulas import Apply, Count, Evaluation
-from refllm.decode.grammar.key_sets import ALL_KEYS, named
-from refllm.decode.grammar.number_rules import Integer, Range
-from refllm.decode.grammar.object_rules import Member, Members, Required
-from refllm.decode.grammar.schema_algebra import SchemaAlgebra
-from refllm.decode.grammar.schema_documents import SchemaDocument
+from refllm.decode.grammar.json_schema.array_rules import Items, Matches, Unique
+from refllm.decode.grammar.json_schema.formulas import Apply, Count, Evaluation
+from refllm.decode.grammar.json_schema.key_sets import ALL_KEYS, named
+from refllm.decode.grammar.json_schema.number_rules import Integer, Range
+from refllm.decode.grammar.json_schema.object_rules import Member, Members, Required
+from refllm.decode.grammar.json_schema.schema_algebra import SchemaAlgebra
+from refllm.decode.grammar.json_schema.schema_documents import SchemaDocument
 
 ALGEBRA, LOCATIONS = small_document()
 KINDS = list(OF_KIND)

@@ -3,8 +3,8 @@
 import pytest
 
 from refllm.decode.grammar.errors import GrammarError
-from refllm.decode.grammar.schema_documents import SchemaDocument
-from refllm.decode.grammar.schema_keywords import schemas_in
+from refllm.decode.grammar.json_schema.schema_documents import SchemaDocument
+from refllm.decode.grammar.json_schema.schema_keywords import schemas_in
 
 OLD = "http://json-schema.org/draft-0{}/schema#".format
 D2019 = "https://json-schema.org/draft/2019-09/schema"

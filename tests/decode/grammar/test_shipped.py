@@ -13,12 +13,12 @@ from random_rules import ShortestTexts, accepts
 from refllm import load
 from refllm.decode.grammar import compile
 from refllm.decode.grammar.automaton import step
-from refllm.decode.grammar.context_free import ContextFree
-from refllm.decode.grammar.earley import recognizes
-from refllm.decode.grammar.ebnf import parse
 from refllm.decode.grammar.errors import GrammarError
 from refllm.decode.grammar.masks import naive_mask
-from refllm.decode.grammar.shipped import names, shipped
+from refllm.decode.grammar.rule_grammars.context_free import ContextFree
+from refllm.decode.grammar.rule_grammars.earley import recognizes
+from refllm.decode.grammar.rule_grammars.ebnf import parse
+from refllm.decode.grammar.rule_grammars.shipped import names, shipped
 
 AUTOMATA = {name: ContextFree(parse(shipped(name))) for name in names()}
 
@@ -153,7 +153,7 @@ def test_oracle_examples_and_counterexamples(name):
 
 
 def test_every_shipped_grammar_is_described():
-    from refllm.decode.grammar import shipped as module
+    from refllm.decode.grammar.rule_grammars import shipped as module
 
     assert all(f"| `{name}`" in (module.__doc__ or "") for name in names())
 

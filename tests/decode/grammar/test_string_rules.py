@@ -8,13 +8,19 @@ from hypothesis import strategies as st
 from naive_schemas import node_accepts
 
 from refllm.decode.grammar.errors import GrammarError
-from refllm.decode.grammar.formats import format_rule
-from refllm.decode.grammar.formulas import Count, count_of
-from refllm.decode.grammar.regex import from_pattern
-from refllm.decode.grammar.schema_algebra import SchemaAlgebra
-from refllm.decode.grammar.schema_documents import SchemaDocument
-from refllm.decode.grammar.shapes import StringShape
-from refllm.decode.grammar.string_rules import Pattern, Words, inhabited, merge, string_formula
+from refllm.decode.grammar.json_scalars.formats import format_rule
+from refllm.decode.grammar.json_schema.formulas import Count, count_of
+from refllm.decode.grammar.json_schema.schema_algebra import SchemaAlgebra
+from refllm.decode.grammar.json_schema.schema_documents import SchemaDocument
+from refllm.decode.grammar.json_schema.shapes import StringShape
+from refllm.decode.grammar.json_schema.string_rules import (
+    Pattern,
+    Words,
+    inhabited,
+    merge,
+    string_formula,
+)
+from refllm.decode.grammar.patterns.regex import from_pattern
 
 PATTERNS = [
     "^a*$",

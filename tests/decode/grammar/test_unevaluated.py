@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from naive_schemas import fits, node_accepts
 
-from refllm.decode.grammar.schema_algebra import SchemaAlgebra
-from refllm.decode.grammar.schema_documents import SchemaDocument
+from refllm.decode.grammar.json_schema.schema_algebra import SchemaAlgebra
+from refllm.decode.grammar.json_schema.schema_documents import SchemaDocument
 
 A, B = {"properties": {"a": True}}, {"properties": {"b": True}}
 NO_KEYS, NO_ITEMS = {"unevaluatedProperties": False}, {"unevaluatedItems": False}

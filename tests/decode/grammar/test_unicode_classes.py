@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refllm.decode.grammar.alphabet import CHARACTERS
-from refllm.decode.grammar.unicode_classes import (
+from refllm.decode.grammar.automata.alphabet import CHARACTERS
+from refllm.decode.grammar.patterns.unicode_classes import (
     Set,
     any_case,
     category,

@@ -12,14 +12,19 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from automata import patterns
-from refllm.decode.grammar.alphabet import BYTES, CHARACTERS
-from refllm.decode.grammar.dfa import DFA
-from refllm.decode.grammar.dfa_builders import anything, from_words, never, symbols
-from refllm.decode.grammar.dfa_minimization import minimize
-from refllm.decode.grammar.dfa_operations import labelled_union, with_length
+from refllm.decode.grammar.automata.alphabet import BYTES, CHARACTERS
+from refllm.decode.grammar.automata.dfa import DFA
+from refllm.decode.grammar.automata.dfa_builders import anything, from_words, never, symbols
+from refllm.decode.grammar.automata.dfa_minimization import minimize
+from refllm.decode.grammar.automata.dfa_operations import labelled_union, with_length
+from refllm.decode.grammar.automata.utf8 import (
+    json_string,
+    json_string_counted,
+    to_bytes,
+    utf8_ranges,
+)
 from refllm.decode.grammar.errors import GrammarError
-from refllm.decode.grammar.regex import from_pattern
-from refllm.decode.grammar.utf8 import json_string, json_string_counted, to_bytes, utf8_ranges
+from refllm.decode.grammar.patterns.regex import from_pattern
 
 SURROGATES = range(0xD800, 0xE000)
 EDGES = sorted(

@@ -12,8 +12,8 @@ from naive_schemas import schemas as small_schemas
 from schema_strategies import OLD, documents, old_documents, values
 
 from refllm.decode.grammar.errors import GrammarError
-from refllm.decode.grammar.schema_documents import SchemaDocument
-from refllm.decode.grammar.validation import fits
+from refllm.decode.grammar.json_schema.schema_documents import SchemaDocument
+from refllm.decode.grammar.json_schema.validation import fits
 
 FOLDER = data_folder()
 needs_data = pytest.mark.skipif(
