@@ -145,11 +145,10 @@ def is_valid(text: str, schema: Json, *, whole: bool) -> bool:
     value = first_value(text, whole=whole)
     if value is None:
         return False
-    from jsonschema import validators
+    from jsonschema import FormatChecker, validators
 
     kind = validators.validator_for(schema)
-    checker = kind.FORMAT_CHECKER
-    return bool(kind(schema, format_checker=checker).is_valid(value[0]))
+    return bool(kind(schema, format_checker=FormatChecker()).is_valid(value[0]))
 
 
 def first_value(text: str, *, whole: bool) -> tuple[object] | None:

@@ -24,7 +24,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def vocabulary():
     """A model of llama.cpp without weights, and the token of each letter that the tests use."""
-    llama_cpp = pytest.importorskip("llama_cpp")
+    llama_cpp = oracle("llama_cpp")
     model = llama_cpp.Llama(model_path=str(locate("smollm2")), vocab_only=True, verbose=False)
     yield model
     model.close()

@@ -1,9 +1,10 @@
 """Deterministic finite automata: every regular part of a grammar is one of these.
 
-A ``DFA`` reads symbols of an ``Alphabet`` (``alphabet.py``: bytes or Unicode code points), one state to the next along its table. It is *trimmed*: state 0 is the dead
-state, from which nothing is accepted and which is left by no symbol, and from every other state
-some word is accepted. So "may this symbol follow?" is "is the next state not 0?", and a mask of
-tokens never leads into a dead end.
+A ``DFA`` reads symbols of an ``Alphabet`` (``alphabet.py``: bytes or Unicode code points), one
+state to the next along its table. It is *trimmed*: state 0 is the dead state, from which nothing
+is accepted and which is left by no symbol, and from every other state some word is accepted. So
+"may this symbol follow?" is "is the next state not 0?", and a mask of tokens never leads into a
+dead end.
 
 A state accepts a *set of labels* rather than yes or no, so that one automaton can say which of
 several languages the text is in (keys of an object, alternatives of a union). A plain language
