@@ -292,7 +292,7 @@ def structured() -> str:
         )
 
     timed = {row["model"]: row["microseconds"]["refllm"] for row in record["results"]["timed"]}
-    times = timed["smollm2"]
+    times = {key: one["median"] for key, one in timed["smollm2"].items()}
     rows = {row["way"]: row for row in values("structured_output")["rows"]}
     plain = rows["none"]
     masked = rows["compact"]

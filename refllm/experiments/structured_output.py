@@ -206,6 +206,7 @@ def draw(values: Values) -> Figure:
     upper.set_xticks(list(places), labels, rotation=90, fontsize=7.5)
     upper.set(yscale="log", ylabel="legal tokens", xlim=(-0.7, len(steps) - 0.3))
     vocabulary = values["vocabulary"]
+    upper.set_ylim(1, 2 * vocabulary)
     upper.axhline(vocabulary, color=FULL, ls=":")
     upper.set_title(f"How many of {vocabulary:,} tokens may follow, step by step")
     rows = values["rows"]
@@ -217,7 +218,7 @@ def draw(values: Values) -> Figure:
     lower.barh(names, cut, left=valid, color=NEAREST, label="cut off by max_tokens")
     lower.invert_yaxis()
     lower.set(xlabel=f"% of {total[0]} real schemas", xlim=(0, 100))
-    lower.legend(fontsize=8, loc="lower right")
+    lower.legend(fontsize=8, loc="upper right")
     return figure
 
 
