@@ -82,7 +82,8 @@ def expected(hand_made: HandMade) -> set[str]:
 
 @pytest.mark.theorem(
     "the automaton of an array shape accepts exactly the texts of the arrays that fit, with "
-    "prefix, length, contains and uniqueItems, and every state on the way can be completed"
+    "prefix, length, contains and uniqueItems, and every state on the way can be completed",
+    source="by enumeration",
 )
 @given(array_shapes())
 def test_the_texts_are_those_of_the_arrays_that_fit(shape) -> None:

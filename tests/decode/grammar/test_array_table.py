@@ -49,7 +49,9 @@ def fillings(table: ArrayTable, length: int) -> list[tuple]:
     return [] if shape.maximum == 0 and length else found
 
 
-@pytest.mark.theorem("an array shape is feasible exactly if some array fits it")
+@pytest.mark.theorem(
+    "an array shape is feasible exactly if some array fits it", source="by enumeration"
+)
 @given(tables())
 def test_feasible_is_that_some_array_fits(table) -> None:
     # lows of 2 and 2, the prefix, and the counts' starts: 7 items show what any number shows

@@ -48,7 +48,9 @@ json_values = st.recursive(
 FRAMES = JsonFrames(ANY_VALUE)
 
 
-@pytest.mark.theorem("with all shapes of all types, whatever json.dumps writes is accepted")
+@pytest.mark.theorem(
+    "with all shapes of all types, whatever json.dumps writes is accepted", source="by enumeration"
+)
 @given(json_values, st.none() | st.integers(0, 4))
 def test_any_value_is_accepted_in_every_style(value, indent) -> None:
     assert accepted(FRAMES, VALUE, json.dumps(value, ensure_ascii=False, indent=indent))

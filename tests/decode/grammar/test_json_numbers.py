@@ -63,7 +63,7 @@ def neighbours(bound) -> list:
 @pytest.mark.theorem(
     "An interval accepts exactly the numbers that Python compares as within bounds, as json.dumps "
     "writes them; the negation accepts exactly the others.",
-    "JSON Schema 2020-12 validation §6.2",
+    source="JSON Schema 2020-12 validation §6.2",
 )
 def test_interval_is_exact_comparison(low, high, without_low, without_high, candidates):
     bounds = {"exclusive_minimum": without_low, "exclusive_maximum": without_high}
@@ -149,7 +149,7 @@ DIVISORS = [
 @pytest.mark.theorem(
     "multipleOf accepts exactly the decimals that the divisor divides; where it decides nothing "
     "(floats from 1e16 on) it accepts no non-multiple, and its negation accepts nothing.",
-    "JSON Schema 2020-12 validation §6.2.1",
+    source="JSON Schema 2020-12 validation §6.2.1",
 )
 def test_multiples_are_exact_remainders(divisor, candidates, factor):
     multiples, others = multiple_of(divisor), multiple_of(divisor, positive=False)

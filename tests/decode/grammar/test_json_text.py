@@ -53,7 +53,8 @@ nested = st.recursive(
 
 @pytest.mark.theorem(
     "whatever json.dumps writes, with default separators, compactly, or with an indent of spaces "
-    "or tabs, is accepted"
+    "or tabs, is accepted",
+    source="Python json.dumps",
 )
 @given(nested, st.none() | st.integers(0, 8) | st.just("\t"))
 def test_every_style_of_json_dumps_is_accepted(value, indent) -> None:

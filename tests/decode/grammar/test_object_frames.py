@@ -78,7 +78,8 @@ def expected(algebra: HandMade, order: tuple[str, ...] | None = None) -> set[str
 
 @pytest.mark.theorem(
     "the automaton of an object shape accepts exactly the texts, keys in any order and none "
-    "twice, of the objects that fit, and every state on the way can be completed"
+    "twice, of the objects that fit, and every state on the way can be completed",
+    source="by enumeration",
 )
 @given(object_shapes())
 def test_the_texts_are_those_of_the_objects_that_fit(shape) -> None:
