@@ -167,7 +167,6 @@ def mutated(text: str, rng: random.Random) -> str:
 @pytest.mark.theorem(
     "Each format accepts only strings that jsonschema's FormatChecker accepts, its opposite only "
     "others; a format marked exact accepts all of them.",
-    "jsonschema._format.FormatChecker",
     source="jsonschema.FormatChecker",
 )
 def test_formats_mean_what_the_checkers_accept(name):
