@@ -216,5 +216,23 @@ EXAMPLES = {
         "weights": {"w": 5e9},
         "marked": 100,
     },
+    "structured_output": {
+        "vocabulary": 1000,
+        "walk": [{"token": "{ ", "legal": 3, "mass": 0.5}, {"token": "end", "legal": 1, "mass": 1}],
+        "rows": [
+            {"way": way, "schemas": 10, "valid": 4, "unfinished": 2, "tokens": 9, "jumped": 1}
+            for way in ("none", "compact")
+        ],
+    },
+    "language_programs": {
+        "rows": [
+            {
+                "program": name,
+                "shared": {"computed_tokens": 30, "forward_passes": 4},
+                "naive": {"computed_tokens": 90, "forward_passes": 20},
+            }
+            for name in ("one", "two")
+        ]
+    },
     **SERVING,
 }

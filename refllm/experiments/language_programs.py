@@ -191,8 +191,8 @@ def draw(values: Values) -> Figure:
     rows = values["rows"]
     figure = new_figure(height=2.6)
     panels = [
-        ("computed_tokens", "tokens through the network, % of naive"),
-        ("forward_passes", "forward passes, % of naive"),
+        ("computed_tokens", "tokens through the network"),
+        ("forward_passes", "forward passes"),
     ]
     names = [row["program"] for row in rows]
     for ax, (key, label) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
@@ -202,7 +202,8 @@ def draw(values: Values) -> Figure:
         for name, share in zip(names, shares, strict=True):
             ax.text(share + 2, name, f"{share:.0f} %", va="center")
         ax.set_xlim(0, 112)
-        ax.set_xlabel(label)
+        ax.set_xlabel("% of the naive way")
+        ax.set_title(label)
     figure.axes[0].invert_yaxis()
     figure.suptitle("Programs that share prefixes compute a part of what the naive way computes")
     return figure

@@ -204,7 +204,7 @@ def draw(values: Values) -> Figure:
     upper.bar(places, [step["legal"] for step in steps], color=TECHNIQUE)
     labels = [step["token"].replace(" ", "␣").replace("\n", "⏎") for step in steps]
     upper.set_xticks(list(places), labels, rotation=90, fontsize=7.5)
-    upper.set(yscale="log", ylabel="legal tokens", xlim=(-0.7, len(steps) - 0.3))
+    upper.set(yscale="log", ylabel="legal tokens (log)", xlim=(-0.7, len(steps) - 0.3))
     vocabulary = values["vocabulary"]
     upper.set_ylim(1, 2 * vocabulary)
     upper.axhline(vocabulary, color=FULL, ls=":")
@@ -217,7 +217,8 @@ def draw(values: Values) -> Figure:
     lower.barh(names, valid, color=TECHNIQUE, label="valid")
     lower.barh(names, cut, left=valid, color=NEAREST, label="cut off by max_tokens")
     lower.invert_yaxis()
-    lower.set(xlabel=f"% of {total[0]} real schemas", xlim=(0, 100))
+    lower.set(xlabel="% of the schemas", xlim=(0, 100))
+    lower.set_title(f"Answers to {total[0]} real schemas")
     lower.legend(fontsize=8, loc="upper right")
     return figure
 

@@ -20,6 +20,7 @@ NOT_SHOWN = {
         "chunks.throughput",
         "goodput.limits.e2el",
     },
+    "structured_output": {"rows.tokens", "rows.jumped", "walk.mass"},
     "prefixes": {"inside.hash", "inside.radix"},
     "serving_occupancy": {f"occupancy.{what}" for what in ("preempted", "read", "written")},
     "serving_blocks": {"blocks.times"},
