@@ -161,6 +161,19 @@ def mutated(text: str, rng: random.Random) -> str:
     return text + rng.choice(["", "", "", "\n"])
 
 
+# what jsonschema's FormatChecker needs to know every format: the extra jsonschema[format]
+FORMAT_PACKAGES = (
+    "fqdn",
+    "idna",
+    "isoduration",
+    "jsonpointer",
+    "rfc3339_validator",
+    "rfc3987",
+    "uri_template",
+    "webcolors",
+)
+
+
 @pytest.mark.oracle
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -170,6 +183,8 @@ def mutated(text: str, rng: random.Random) -> str:
     source="jsonschema.FormatChecker",
 )
 def test_formats_mean_what_the_checkers_accept(name):
+    for package in FORMAT_PACKAGES:
+        oracle(package)
     checker = oracle("jsonschema").FormatChecker()
     assert set(checker.checkers) == set(FORMATS)
     rng = random.Random(name)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from refllm.decode.grammar.json_schema.shapes import Location
+from refllm.errors import InputError
 
 SignedLocation = tuple[Location, bool]
 Base = str | SignedLocation  # a pattern that is found in the key, or a schema that the key fits
@@ -90,7 +91,7 @@ def union(sets: Iterable[KeySet]) -> KeySet:
         if each.everything:
             return ALL_KEYS
         if each.negated:
-            raise ValueError(f"the union of a negated set of keys has no symbol: {each}")
+            raise InputError(f"the union of a negated set of keys has no symbol: {each}")
         names = names | each.names
         bases = bases | each.bases
     return KeySet(names, bases)
